@@ -1,0 +1,53 @@
+# Everything that is done more than once. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+export RAY_AUTH_MODE ?= disabled
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test test-fast lint format models seeds model-figures clean
+
+help:            ## list targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
+
+# constraints.txt fixes every version, torch with it; its mark is written last, so a broken set-up starts again.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(VENV)/installed  ## create .venv and install everything
+
+demo: setup      ## train on the toy world through two Ray anchors, evaluate, print the table
+	rm -rf runs/demo
+	$(RUN) -m trainer train --config deploy/configs/toy.yaml
+
+test: setup      ## run all tests (what CI runs)
+	$(RUN) -m pytest
+
+test-fast: setup ## run the tests that start no cluster
+	$(RUN) -m pytest tests/unit
+
+lint: setup      ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: setup    ## rewrite the code in the project's format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+models: setup    ## train the toy models that ship in trainer/toy/models again (about an hour on 2 cores)
+	$(RUN) -m trainer toy build --models A,B,C,D
+
+seeds: setup     ## measure the demo's figures with three seeds and the shuffled control
+	$(RUN) -m tests.benchmarks.demo_figures
+
+model-figures: setup  ## measure the shipped toy models on unseen scenes
+	$(RUN) -m tests.benchmarks.toy_models
+
+clean:           ## remove runs and caches, keep the environment
+	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The vocabulary that the trainer and the anchors share. Imports neither of them, and no Ray."""

@@ -1,0 +1,173 @@
+"""Shared-prefix packing: one row per image, with every question as a branch behind one prefix.
+
+A row is laid out as
+
+    prefix | media | branch 1 | branch 2 | … | padding
+
+where media are the image's embeddings (latents or real image tokens). A branch sees the prefix, the media and
+itself, never another branch, and its positions continue after the media as if it stood alone. So Q questions
+cost one prefix instead of Q, and every number equals that of Q separate rows up to rounding.
+
+Pure tensor code: knows neither models nor tokenizers.
+
+Legend: B images, T row length, N answer tokens of all rows together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PADDING, PREFIX = -1, 0
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Token ids of one question with its answer, from the end of the media to the end of turn.
+
+    token_ids[answer_start:] are the answer tokens followed by the one end-of-turn token.
+    """
+
+    token_ids: tuple[int, ...]
+    answer_start: int
+
+    @property
+    def n_answer(self) -> int:
+        """Answer tokens, the end-of-turn token included."""
+        return len(self.token_ids) - self.answer_start
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """Where one image's embeddings go: `length` columns, on a `grid` of (rows, columns) or one after the other."""
+
+    length: int
+    grid: tuple[int, int] | None = None
+
+    @property
+    def extent(self) -> int:
+        """How far the media advance the position counter (mRoPE: the longer side of the grid)."""
+        return max(self.grid) if self.grid else self.length
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """B packed rows of T columns, ready for a decoder.
+
+    token_ids_BT: ids to embed; 0 at media columns and padding.
+    segments_BT: PADDING, PREFIX (prefix and media), or 1 … Q for the branches.
+    positions_3BT: temporal, height and width positions; equal for everything but media on a grid.
+    media_BT: True at the columns that media embeddings fill, row by row, in order.
+    predict_N2: (row, column) whose hidden state predicts answer token n.
+    targets_N: the answer tokens, ordered by image, question, token.
+    counts: answer tokens per image and question, to cut N back into lists.
+    """
+
+    token_ids_BT: Tensor
+    segments_BT: Tensor
+    positions_3BT: Tensor
+    media_BT: Tensor
+    predict_N2: Tensor
+    targets_N: Tensor
+    counts: list[list[int]]
+
+    def to(self, device: torch.device | str) -> PackedRows:
+        """The same rows on `device`."""
+        return PackedRows(
+            self.token_ids_BT.to(device),
+            self.segments_BT.to(device),
+            self.positions_3BT.to(device),
+            self.media_BT.to(device),
+            self.predict_N2.to(device),
+            self.targets_N.to(device),
+            self.counts,
+        )
+
+
+def latent_media(n_latents: int, on_grid: bool) -> Media:
+    """Media of K latents. Raises ValueError if a grid is asked for and K is no square."""
+    if not on_grid:
+        return Media(n_latents)
+    side = math.isqrt(n_latents)
+    if side * side != n_latents:
+        raise ValueError(f"latent_positions: grid needs a square number of latents, got {n_latents}")
+    return Media(n_latents, (side, side))
+
+
+def pack_rows(prefix_ids: Sequence[int], media: Sequence[Media], branches: Sequence[Sequence[Branch]]) -> PackedRows:
+    """Lay out one row per image. `media` and `branches` have one entry per image; lengths may differ."""
+    if len(media) != len(branches):
+        raise ValueError(f"{len(media)} images but {len(branches)} lists of questions")
+    n_prefix, n_media = len(prefix_ids), max((m.length for m in media), default=0)
+    # The last token of a branch is only ever a target, so it takes no column.
+    row_lengths = [n_prefix + n_media + sum(len(b.token_ids) - 1 for b in row) for row in branches]
+    n_rows, n_columns = len(branches), max(row_lengths, default=0)
+    token_ids = np.zeros((n_rows, n_columns), dtype=np.int64)
+    segments = np.full((n_rows, n_columns), PADDING, dtype=np.int64)
+    positions = np.zeros((3, n_rows, n_columns), dtype=np.int64)
+    is_media = np.zeros((n_rows, n_columns), dtype=bool)
+    predict: list[np.ndarray] = []
+    targets: list[int] = []
+
+    token_ids[:, :n_prefix] = prefix_ids
+    segments[:, :n_prefix] = PREFIX
+    positions[:, :, :n_prefix] = np.arange(n_prefix)
+    for r, (medium, row) in enumerate(zip(media, branches, strict=True)):
+        media_columns = slice(n_prefix, n_prefix + medium.length)
+        segments[r, media_columns] = PREFIX
+        is_media[r, media_columns] = True
+        positions[:, r, media_columns] = n_prefix + _media_positions(medium)
+        column = n_prefix + n_media
+        for q, branch in enumerate(row, start=1):
+            n = len(branch.token_ids) - 1
+            token_ids[r, column : column + n] = branch.token_ids[:-1]
+            segments[r, column : column + n] = q
+            positions[:, r, column : column + n] = n_prefix + medium.extent + np.arange(n)
+            columns = column + np.arange(branch.answer_start - 1, n)
+            predict.append(np.stack([np.full_like(columns, r), columns], axis=1))
+            targets.extend(branch.token_ids[branch.answer_start :])
+            column += n
+    return PackedRows(
+        token_ids_BT=torch.from_numpy(token_ids),
+        segments_BT=torch.from_numpy(segments),
+        positions_3BT=torch.from_numpy(positions),
+        media_BT=torch.from_numpy(is_media),
+        predict_N2=torch.from_numpy(np.concatenate(predict) if predict else np.zeros((0, 2), dtype=np.int64)),
+        targets_N=torch.tensor(targets, dtype=torch.long),
+        counts=[[branch.n_answer for branch in row] for row in branches],
+    )
+
+
+def _media_positions(medium: Media) -> np.ndarray:
+    """(3, length) temporal, height and width positions, counted from the first media column."""
+    if medium.grid is None:
+        return np.broadcast_to(np.arange(medium.length), (3, medium.length))
+    rows, columns = np.divmod(np.arange(medium.length), medium.grid[1])
+    return np.stack([np.zeros(medium.length, dtype=np.int64), rows, columns])
+
+
+def block_mask(segments_BT: Tensor) -> Tensor:
+    """(B, 1, T, T) boolean mask, True where a query (row) may see a key (column).
+
+    A key is visible if it does not lie in the future and belongs to the prefix or to the query's own branch.
+    Padding sees itself alone: a row without any key would turn into NaN.
+    """
+    n = segments_BT.shape[1]
+    query_BT1, key_B1T = segments_BT.unsqueeze(2), segments_BT.unsqueeze(1)
+    causal_TT = torch.ones(n, n, dtype=torch.bool, device=segments_BT.device).tril()
+    visible_BTT = causal_TT & ((key_B1T == PREFIX) | (key_B1T == query_BT1)) & (key_B1T != PADDING)
+    visible_BTT |= torch.eye(n, dtype=torch.bool, device=segments_BT.device)
+    return visible_BTT.unsqueeze(1)
+
+
+def unpack(values: Sequence[Value], counts: Sequence[Sequence[int]]) -> list[list[list[Value]]]:
+    """Cut a flat sequence of N token values back into images, questions and tokens."""
+    flat = iter(values)
+    return [[[next(flat) for _ in range(n)] for n in row] for row in counts]

@@ -1,0 +1,73 @@
+"""Score answers: the one forward pass that anchors, ceilings, floors and the toy builder share.
+
+Legend: B images, Q questions per image, I media embeddings of all rows together, D width, N answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.messages import Question
+from shared.packing import Media, PackedRows, pack_rows
+from shared.vlm.model import VisionLanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScores:
+    """Log-probabilities of answer tokens, ordered by image, question, token.
+
+    logprobs_N: float32 (float64 for float64 models), differentiable if the media are.
+    matches_N: whether the most probable token is the answer's.
+    counts: answer tokens per image and question.
+    """
+
+    logprobs_N: Tensor
+    matches_N: Tensor
+    counts: list[list[int]]
+
+
+def pack_questions(
+    model: VisionLanguageModel, media: Sequence[Media], questions: Sequence[Sequence[Question]]
+) -> PackedRows:
+    """Packed rows of `questions` behind `media`, on the model's device."""
+    return pack_rows(model.prompt.prefix_ids, media, model.prompt.branches(questions)).to(model.device)
+
+
+def score_answers(
+    model: VisionLanguageModel, rows: PackedRows, media_ID: Tensor | None, deepstack: Sequence[Tensor] = ()
+) -> AnswerScores:
+    """One forward pass. Logits are made only where an answer token is predicted."""
+    hidden_BTD = model.decode(rows, media_ID, deepstack)
+    hidden_ND = hidden_BTD[rows.predict_N2[:, 0], rows.predict_N2[:, 1]]
+    logits_NV = model.logits(hidden_ND)
+    if logits_NV.dtype != torch.float64:
+        logits_NV = logits_NV.float()
+    logprobs_N = -F.cross_entropy(logits_NV, rows.targets_N, reduction="none")
+    return AnswerScores(logprobs_N, logits_NV.argmax(-1) == rows.targets_N, rows.counts)
+
+
+def mean_answer_weights(counts: Sequence[Sequence[int]], count_end_of_turn: bool) -> list[float]:
+    """Weight of each answer token in NLL_b = mean over questions of the mean over tokens, flat over N.
+
+    counts include the end-of-turn token, which gets weight 0 unless it counts.
+    """
+    weights: list[float] = []
+    for row in counts:
+        for n in row:
+            n_counted = n if count_end_of_turn else n - 1
+            weights += [1.0 / (len(row) * n_counted)] * n_counted + [0.0] * (n - n_counted)
+    return weights
+
+
+def nll_per_image(logprobs: Sequence[Sequence[Sequence[float]]], count_end_of_turn: bool) -> list[float]:
+    """NLL_b of each image from a reply's log-probabilities: mean over questions of the mean over tokens."""
+    nll = []
+    for row in logprobs:
+        means = [sum(counted) / len(counted) for counted in (t if count_end_of_turn else t[:-1] for t in row)]
+        nll.append(-sum(means) / len(means))
+    return nll

@@ -1,0 +1,23 @@
+"""Vision-language models as this project sees them: one class, one small table of family facts."""
+
+from shared.vlm.model import (
+    ImageTokens,
+    Processor,
+    VisionLanguageModel,
+    load_processor,
+    load_prompt,
+    load_vlm,
+    vlm_config,
+)
+from shared.vlm.prompt import Prompt
+
+__all__ = [
+    "ImageTokens",
+    "Processor",
+    "Prompt",
+    "VisionLanguageModel",
+    "load_processor",
+    "load_prompt",
+    "load_vlm",
+    "vlm_config",
+]

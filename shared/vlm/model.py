@@ -1,0 +1,233 @@
+"""A Hugging Face VLM folder, opened up to the few calls that this project makes.
+
+Generator and anchors build their own input embeddings and call the decoder directly: the same code for every
+family, no placeholder scatter, no positions guessed by the model, no logits that nobody reads.
+
+Legend: B images, T row length, D width, N answer tokens, V vocabulary, I image tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
+
+from shared.errors import ModelError
+from shared.packing import Media, PackedRows, block_mask
+from shared.vlm.families import Family, family_of
+from shared.vlm.prompt import Prompt
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTokens:
+    """Embeddings of a batch of images as the language model would read them.
+
+    tokens: per image (I_b, D). grids: per image (rows, columns), None where the family has no grid.
+    deepstack: per injected layer the features of all images together (ΣI_b, D); empty for most families.
+    """
+
+    tokens: list[Tensor]
+    grids: list[tuple[int, int] | None]
+    deepstack: list[Tensor] = field(default_factory=list)
+
+    @property
+    def media(self) -> list[Media]:
+        """Where these tokens go in packed rows."""
+        return [Media(len(t), grid) for t, grid in zip(self.tokens, self.grids, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """What turns pictures and words into tensors.
+
+    transformers' own processor class wants torchvision for a video part that nothing here uses, so its two
+    other parts are loaded one by one.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str
+
+
+class VisionLanguageModel:
+    """One model with its processor. Not thread-safe: PEFT adapters and dropout modes are module state."""
+
+    def __init__(self, hf_model: nn.Module, processor: Processor, path: str):
+        config: Any = hf_model.config
+        self.path = path
+        self.hf_model = hf_model
+        self.processor = processor
+        self.family: Family = family_of(config.model_type, path)
+        text_config = config.get_text_config()
+        self.width: int = text_config.hidden_size
+        # Rows added for latent tokens are no words: an anchor on shared weights must not put probability on them.
+        self.vocabulary: int = text_config.vocab_size
+        self.inner: Any = hf_model.model
+        self.decoder: Any = getattr(self.inner, self.family.decoder)
+        self.image_token_id: int = config.image_token_id
+        image_token = processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.prompt = Prompt(processor.tokenizer, processor.chat_template, self.family, image_token)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.decoder.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the base weights (the embedding's; adapters may be wider)."""
+        dtype: torch.dtype = self._embedding().weight.dtype
+        return dtype
+
+    def freeze(self) -> VisionLanguageModel:
+        """Switch every parameter's gradient off and dropout with it."""
+        self.hf_model.requires_grad_(False)
+        self.hf_model.eval()
+        return self
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Embeddings of token ids, (…,) → (…, D)."""
+        embedded: Tensor = self._embedding()(token_ids)
+        return embedded
+
+    def row_embeddings(self, rows: PackedRows, media_ID: Tensor | None) -> Tensor:
+        """(B, T, D) input embeddings of packed rows; media_ID fills the media columns in row order."""
+        embeds_BTD = self.embed(rows.token_ids_BT)
+        if media_ID is None:
+            return embeds_BTD
+        return embeds_BTD.masked_scatter(rows.media_BT.unsqueeze(-1), media_ID.to(embeds_BTD.dtype))
+
+    def decode(self, rows: PackedRows, media_ID: Tensor | None, deepstack: Sequence[Tensor] = ()) -> Tensor:
+        """(B, T, D) last hidden states, after the final norm, of packed rows."""
+        return self.decode_embeddings(
+            self.row_embeddings(rows, media_ID),
+            block_mask(rows.segments_BT),
+            rows.positions_3BT,
+            **(
+                {"visual_pos_masks": rows.media_BT, "deepstack_visual_embeds": list(deepstack)}
+                if len(deepstack)
+                else {}
+            ),
+        )
+
+    def decode_embeddings(self, embeds_BTD: Tensor, mask_B1TT: Tensor, positions_3BT: Tensor, **extra: Any) -> Tensor:
+        """(B, T, D) last hidden states of embeddings under an explicit mask and explicit positions."""
+        hidden_BTD: Tensor = self.decoder(
+            inputs_embeds=embeds_BTD,
+            attention_mask=mask_B1TT,
+            position_ids=positions_3BT if self.family.uses_mrope else positions_3BT[0],
+            use_cache=False,
+            **extra,
+        ).last_hidden_state
+        return hidden_BTD
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """(N, V) logits in the dtype of the weights, without the rows of latent tokens."""
+        head: Any = self.hf_model.get_output_embeddings()  # type: ignore[operator]
+        # Where head and embedding are one matrix, peft wraps both; new rows are no words, so the bare head serves.
+        head = getattr(head, "original_module", head)
+        bias = None if head.bias is None else head.bias[: self.vocabulary]
+        return F.linear(hidden_ND, head.weight[: self.vocabulary], bias)
+
+    def image_tokens(self, images: Sequence[Image.Image]) -> ImageTokens:
+        """Embeddings of images through the (frozen) vision tower and its projection."""
+        return self.image_tokens_from(self.image_inputs(images))
+
+    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """What the image processor makes of images, for `image_tokens_from`. Needs no GPU; thread-safe."""
+        batch = [[image] for image in images] if self.family.nested_images else list(images)
+        inputs = self.processor.image_processor(images=batch, return_tensors="pt")
+        return {name: inputs[name] for name in self.family.image_inputs if name in inputs}
+
+    def image_tokens_from(self, inputs: dict[str, Tensor]) -> ImageTokens:
+        """The same from what `image_inputs` made."""
+        device_inputs = {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        features = self.inner.get_image_features(**device_inputs)
+        tokens = [t.reshape(-1, t.shape[-1]) for t in features.pooler_output]
+        grids: list[tuple[int, int] | None] = [None] * len(tokens)
+        if self.family.uses_mrope:
+            merge = self.inner.visual.spatial_merge_size
+            grids = [(h // merge, w // merge) for _, h, w in inputs["image_grid_thw"].tolist()]
+        # Per injected layer, newer transformers split the features by image.
+        layers = getattr(features, "deepstack_features", None) or ()
+        deepstack = [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
+        return ImageTokens(tokens, grids, deepstack)
+
+    def _embedding(self) -> Any:
+        return self.decoder.get_input_embeddings()
+
+
+def load_vlm(path: str, dtype: str = "float32", device: str = "cpu") -> VisionLanguageModel:
+    """Load a model folder or hub name. Raises ModelError naming what is missing."""
+    disable_progress_bar()
+    try:
+        processor = load_processor(path)
+        hf_model = AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    except (OSError, KeyError) as error:
+        raise ModelError(f"{path}: the model cannot be loaded ({_one_line(error)})") from error
+    return VisionLanguageModel(hf_model.to(device), processor, path)
+
+
+def vlm_config(path: str) -> Any:
+    """The `transformers` config of a model of a known family. Raises ModelError."""
+    if path.count("/") != 1 and not Path(path).is_dir():
+        raise ModelError(f"{path}: no such model folder; correct the path (toy models lie in trainer/toy/models)")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no model config ({_one_line(error)})") from error
+    family_of(config.model_type, path)
+    return config
+
+
+def load_processor(path: str) -> Processor:
+    """Tokenizer, image processor and chat template of a model. Raises ModelError if one is missing."""
+    options = dict(family_of(vlm_config(path).model_type, path).processor_options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        image_processor = AutoImageProcessor.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path}: no processor ({_one_line(error)}); save the original model's into the folder: "
+            "AutoProcessor.from_pretrained(ORIGINAL).save_pretrained(FOLDER)"
+        ) from error
+    return Processor(tokenizer, image_processor, _chat_template(path, tokenizer))
+
+
+def load_prompt(path: str) -> Prompt:
+    """The prompt of a model without its weights: enough to check data before any weight is loaded."""
+    config, processor = vlm_config(path), load_processor(path)
+    image_token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
+    return Prompt(processor.tokenizer, processor.chat_template, family_of(config.model_type, path), image_token)
+
+
+def _chat_template(path: str, tokenizer: Any) -> str:
+    """The processor's template (which knows images) before the tokenizer's."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            text = Path(file).read_text()
+            return text if name.endswith("jinja") else str(json.loads(text)["chat_template"])
+    if not tokenizer.chat_template:
+        raise ModelError(f"{path}: no chat template; add chat_template.jinja to the model folder")
+    return str(tokenizer.chat_template)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

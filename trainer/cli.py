@@ -1,0 +1,142 @@
+"""Command line of the trainer. Each verb loads what it needs, so `--help` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shared.cli import ConfigOption, SetOption, friendly_errors
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train visual latents against frozen anchors, and find out whether they carry the answer.",
+)
+toy_app = typer.Typer(no_args_is_help=True, help="The toy world: build its data and models, look at a scene.")
+app.add_typer(toy_app, name="toy")
+
+
+@app.command()
+@friendly_errors
+def train(
+    config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file, see deploy/configs.")] = None,
+    set_: SetOption = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with; its own config is used.")] = None,
+    evaluate_after: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Evaluate when training is done.")
+    ] = True,
+) -> None:
+    """Train a generator through its anchors, then evaluate it.
+
+    Writes config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and evaluation.json into run.dir. SIGTERM
+    writes a checkpoint after the running step and exits with 0; --resume goes on bit for bit.
+
+    Examples:
+
+        python -m trainer train --config deploy/configs/toy.yaml --set run.dir=runs/mine
+
+        python -m trainer train --resume runs/mine
+    """
+    from anchor_service.cluster import ray_if_needed
+    from shared.config import dump_config, load_config
+    from shared.errors import ConfigError
+    from trainer.data import prepare_data
+    from trainer.evaluation.run import evaluate_run, run_config
+    from trainer.loop import train_run
+
+    console = Console()
+    if (config is None) == (resume is None):
+        raise ConfigError("give either --config FILE for a new run or --resume RUN to go on with one")
+    if resume is not None and set_:
+        raise ConfigError("--resume uses the run's own config; --set would make it another run")
+    resolved = run_config(resume) if resume is not None else load_config(Path(str(config)), set_ or [])
+    console.print(dump_config(resolved), style="dim", highlight=False)
+    prepare_data(resolved.data, console)
+    anchors = resolved.all_anchors if evaluate_after else resolved.anchors
+    with ray_if_needed(resolved, anchors):
+        finished = train_run(resolved, resume=resume is not None)
+        if finished and evaluate_after:
+            evaluate_run(resolved, console)
+    console.print(f"run folder: {resolved.run.dir}", highlight=False)
+
+
+@app.command()
+@friendly_errors
+def evaluate(run: Annotated[Path, typer.Argument(help="Run folder that train wrote.")]) -> None:
+    """Measure what each anchor answers from the latents, and from what bounds them.
+
+    Ceiling (real image), latents, latents of another image, no latents; for anchors of training and unseen
+    ones, in all and per kind of question, with 95 % intervals over images. Writes RUN/evaluation.json.
+
+    Example: python -m trainer evaluate runs/demo
+    """
+    from anchor_service.cluster import ray_if_needed
+    from trainer.data import prepare_data
+    from trainer.evaluation.run import evaluate_run, run_config
+
+    console = Console()
+    config = run_config(run)
+    prepare_data(config.data, console)
+    with ray_if_needed(config, config.all_anchors):
+        evaluate_run(config, console)
+
+
+@app.command()
+@friendly_errors
+def estimate(config: ConfigOption, set_: SetOption = None) -> None:
+    """Predict the memory that generator and anchors need, before any weight is loaded.
+
+    Example: python -m trainer estimate --config deploy/configs/a6000.yaml
+    """
+    from shared.config import load_config
+    from trainer.estimate import print_estimate
+
+    print_estimate(load_config(Path(config), set_ or []), Console())
+
+
+@toy_app.command("build")
+@friendly_errors
+def toy_build(
+    models: Annotated[str, typer.Option(help="Comma-separated models to train: A,B,C,D. Empty: none.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Folder to write the toy data set to.")] = None,
+    to: Annotated[Path, typer.Option(help="Folder that gets one folder per model.")] = Path("trainer/toy/models"),
+    steps: Annotated[int | None, typer.Option(help="Train each model for this many steps instead of its own.")] = None,
+) -> None:
+    """Write the toy data set (CLEVR v1.0 format), or train the tiny models that ship with the project.
+
+    Models are trained on their own images, apart from every split of the data set, and evaluated on 500 unseen
+    scenes; the figures go into each model's card. B and C go on from A, so build A first.
+
+    Examples:
+
+        python -m trainer toy build --data runs/toy-data
+
+        python -m trainer toy build --models A,B,C,D
+    """
+    from shared.errors import ConfigError
+    from trainer.data import build_toy_data
+    from trainer.toy.build import build_models
+
+    console = Console()
+    if data is None and not models:
+        raise ConfigError("nothing to build; give --data FOLDER, --models A,B,C,D, or both")
+    if data is not None:
+        build_toy_data(data, console)
+    if models:
+        build_models(models.split(","), to, steps, console)
+
+
+@toy_app.command("show")
+@friendly_errors
+def toy_show(
+    seed: Annotated[int, typer.Option(help="Which scene.")] = 0,
+    to: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("toy-scene.png"),
+) -> None:
+    """Draw one toy scene, enlarged, and print questions of every kind with their answers."""
+    from trainer.toy.show import show_scene
+
+    show_scene(seed, to, Console())

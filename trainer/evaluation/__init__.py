@@ -1,0 +1,1 @@
+"""What the latents do: readings by every anchor, controls, and figures with intervals."""

@@ -1,0 +1,318 @@
+"""The training loop: read a batch, write latents, have the anchors read them, step, record.
+
+`train_run` sets everything up; `Trainer.step` is one optimization step from top to bottom.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from anchor_service.pool import AnchorPool
+from shared.config import Config, dump_config
+from shared.errors import ConfigError, DataError, NonFiniteError, NonFiniteReplyError
+from shared.messages import Gradient
+from shared.vlm import load_prompt
+from trainer.bridge import AnchorBridge, AnchorDroppedError
+from trainer.checkpoint import CheckpointStore, load_trainer_state
+from trainer.data import ErrorPolicy, load_records, training_records
+from trainer.data.records import KindQuestion, Record
+from trainer.data.sampling import Batch, Sampler, without_kinds
+from trainer.evaluation.reading import mean_nll
+from trainer.generator import Generator
+from trainer.losses import lr_share
+from trainer.methods import METHODS
+from trainer.metrics import MetricsWriter
+from trainer.model_card import model_card
+from trainer.progress import TrainProgress
+
+log = logging.getLogger(__name__)
+
+_PROBE_IMAGES = 16
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch with its images already through the image processor."""
+
+    batch: Batch
+    inputs: dict[str, Tensor]
+
+
+class Trainer:
+    """Everything that one run holds. Owned by the main thread."""
+
+    def __init__(self, config: Config, generator: Generator, pool: AnchorPool, sampler: Sampler):
+        self.config = config
+        self.generator = generator
+        self.pool = pool
+        self._sampler = sampler
+        bridge = AnchorBridge(pool, Gradient(config.pool.mode), config.pool.count_end_of_turn)
+        self.method = METHODS[config.method](config, generator, bridge, mean_image_norm(pool))
+        t = config.train
+        groups = [
+            {"params": [*generator.lora_parameters, *self.method.extra_modules.parameters()], "lr": t.lr_lora},
+            {"params": generator.token_parameters, "lr": t.lr_tokens},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=t.betas, weight_decay=t.weight_decay)
+        self._base_lrs = [t.lr_lora, t.lr_tokens]
+        self._on_error = ErrorPolicy(config.data.on_error)
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._next: tuple[int, Future[list[Prepared]]] | None = None
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimization step; returns its metrics. Raises NonFiniteError naming records; nothing changes then."""
+        started = time.perf_counter()
+        parts = self._prepared(step)
+        waited = time.perf_counter() - started
+        share = lr_share(
+            step, self.config.train.steps, self.config.train.warmup_steps, self.config.train.final_lr_share
+        )
+        for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base_lr * share
+
+        metrics = self._accumulate_until_complete(parts, step)
+
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip_norm)
+        if not torch.isfinite(grad_norm):
+            records = ", ".join(r.record_id for part in parts for r in part.batch.records)
+            raise NonFiniteError(f"step {step}: the gradient is NaN or infinite; its images: {records}")
+        self.optimizer.step()
+
+        seconds = time.perf_counter() - started
+        return {
+            **metrics,
+            "grad_norm": float(grad_norm),
+            "lr_lora": self.optimizer.param_groups[0]["lr"],
+            "lr_tokens": self.optimizer.param_groups[1]["lr"],
+            "step_ms": 1e3 * seconds,
+            "data_wait_ms": 1e3 * waited,
+            "images_per_s": self.config.train.batch_images / seconds,
+            "anchors": len(self.pool.names),
+        }
+
+    def _accumulate_until_complete(self, parts: list[Prepared], step: int) -> dict[str, float]:
+        """`_accumulate`, again from the start without an anchor that was dropped on the way; so at most R times."""
+        while True:
+            try:
+                return self._accumulate(parts, step)
+            except AnchorDroppedError as error:
+                log.warning("step %d is taken again: %s", step, error)
+
+    def _accumulate(self, parts: list[Prepared], step: int) -> dict[str, float]:
+        """Gradients of the mean loss over all microbatches, and the mean of their metrics.
+
+        Raises AnchorDroppedError if not every microbatch was read by the same anchors, forward and backward.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        readers: set[str] = set()
+        for part in parts:
+            tokens = self.generator.image_tokens_from(part.inputs)
+            try:
+                loss = self.method.loss(part.batch, tokens, step)
+                if not torch.isfinite(loss.total):
+                    records = ", ".join(r.record_id for r in part.batch.records)
+                    raise NonFiniteError(f"step {step}: the loss is {loss.total.item()} on images {records}")
+                (loss.total / len(parts)).backward()
+            except NonFiniteReplyError as error:
+                names = ", ".join(part.batch.records[i].record_id for i in error.images)
+                raise NonFiniteError(f"step {step}: {error}: {names}; check these records") from error
+            if readers - set(loss.replies):
+                raise AnchorDroppedError(f"{sorted(readers - set(loss.replies))} dropped between two microbatches")
+            readers = set(loss.replies)
+            values = dict(loss.terms)
+            for name, reply in loss.replies.items():
+                values[f"anchor_ms/{name}"] = 1e3 * (reply.timings.forward_s + reply.timings.backward_s)
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value / len(parts)
+        return sums
+
+    def _prepared(self, step: int) -> list[Prepared]:
+        """The step's microbatches; the next step's are loaded while this one runs."""
+        current = self._next if self._next and self._next[0] == step else (step, self._submit(step))
+        parts = current[1].result()
+        self._next = (step + 1, self._submit(step + 1)) if step + 1 < self.config.train.steps else None
+        return parts
+
+    def _submit(self, step: int) -> Future[list[Prepared]]:
+        return self._loader.submit(self._load, step)
+
+    def _load(self, step: int) -> list[Prepared]:
+        batch = self._sampler.batch(step)
+        n = len(batch.records) // self.config.train.microbatches
+        parts = []
+        for start in range(0, len(batch.records), n):
+            part, images = self._with_images(batch.records[start : start + n], batch.questions[start : start + n])
+            parts.append(Prepared(part, self.generator.model.image_inputs(images)))
+        return parts
+
+    def _with_images(
+        self, records: list[Record], questions: list[list[KindQuestion]]
+    ) -> tuple[Batch, list[Image.Image]]:
+        """The records whose images can be read, with them; the others go the way of `data.on_error`."""
+        kept, images = Batch([], []), []
+        for record, asked in zip(records, questions, strict=True):
+            try:
+                images.append(record.load_image())
+            except DataError as error:
+                self._on_error(error)
+                continue
+            kept.records.append(record)
+            kept.questions.append(asked)
+        if not images:
+            raise DataError(f"no image of {', '.join(r.record_id for r in records)} can be read; check data.path")
+        return kept, images
+
+    def state(self, next_step: int) -> dict[str, Any]:
+        """Trainer state beside the adapter: all that `load_state` needs for a bit-identical next step."""
+        return {
+            "next_step": next_step,
+            "optimizer": self.optimizer.state_dict(),
+            "extra_modules": self.method.extra_modules.state_dict(),
+            "cpu_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> int:
+        """Restore; returns the step to go on with."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.extra_modules.load_state_dict(state["extra_modules"])
+        torch.set_rng_state(state["cpu_rng"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        return int(state["next_step"])
+
+    def close(self) -> None:
+        """End the loader thread."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+
+def train_run(config: Config, resume: bool) -> bool:
+    """Train to the end or until SIGTERM; returns whether the end was reached.
+
+    The run folder must be new unless `resume`. Raises VisualLatentsError subclasses.
+    """
+    run_dir = config.run.dir
+    store = CheckpointStore(run_dir, config.train.keep_checkpoints)
+    if not resume and (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"{run_dir}: the run folder is in use; choose another run.dir, or go on with --resume {run_dir}"
+        )
+    prompt = load_prompt(config.generator.model)
+    records = training_records(config.data, config.train.seed, prompt)
+    validation = without_kinds(load_records(config.data, config.data.val_split, prompt), config.data.held_out_kinds)
+    sampler = Sampler(records, config.train.batch_images, config.data.questions_per_image, config.train.seed)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+
+    generator = Generator(config.generator, config.train.seed)
+    probe = [record.image_path.read_bytes() for record in records[:_PROBE_IMAGES]]
+    with (
+        AnchorPool.start(
+            config, generator.handshake(), (generator.model, generator.adapter_off), probe_images=probe
+        ) as pool,
+        contextlib.closing(Trainer(config, generator, pool, sampler)) as trainer,
+    ):
+        first_step = _restore(trainer, store) if resume else 0
+        if first_step == 0 and config.generator.calibrate_norm:
+            generator.calibrate_norm([r.load_image() for r in records[:_PROBE_IMAGES]], mean_image_norm(pool))
+        with (
+            contextlib.closing(MetricsWriter(run_dir, config, first_step)) as metrics,
+            TrainProgress(config, first_step) as progress,
+            _stop_signal() as stop,
+        ):
+            return _run_steps(trainer, store, metrics, progress, stop, first_step, validation)
+
+
+def mean_image_norm(pool: AnchorPool) -> float:
+    """μ of the norm loss: the mean L2 norm of visual tokens, over the anchors."""
+    norms = [h.image_norm for h in pool.handshakes.values() if h.image_norm is not None]
+    return sum(norms) / len(norms)
+
+
+def _run_steps(
+    trainer: Trainer,
+    store: CheckpointStore,
+    metrics: MetricsWriter,
+    progress: TrainProgress,
+    stop: StopSignal,
+    first_step: int,
+    validation: list[Record],
+) -> bool:
+    t = trainer.config.train
+    for step in range(first_step, t.steps):
+        trainer.generator.train()
+        values = trainer.step(step)
+        done, last = step + 1, step + 1 == t.steps
+        if last or (t.validate_every and done % t.validate_every == 0):
+            values["validation_nll"] = _validate(trainer, validation)
+        metrics.write(step, values)
+        progress.update(done, values)
+        for name, reason in trainer.pool.lost.items():
+            progress.warn(f"anchor {name} is lost and dropped: {reason}")
+        if done % t.checkpoint_every == 0 or last or stop.asked:
+            _save(trainer, store, done, values)
+        if stop.asked and not last:
+            progress.warn(f"stopped on SIGTERM after step {done}; go on with --resume {trainer.config.run.dir}")
+            return False
+    return True
+
+
+def _save(trainer: Trainer, store: CheckpointStore, done: int, values: dict[str, Any]) -> Path:
+    card = model_card(trainer.config, done, values)
+    yaml_text = dump_config(trainer.config)
+    return store.save(done, trainer.generator, trainer.state(done), yaml_text, card, values.get("validation_nll"))
+
+
+def _validate(trainer: Trainer, validation: list[Record]) -> float:
+    """Mean NLL over anchors, weighted as in training, on the first images of the validation split."""
+    trainer.generator.train(False)
+    chosen = validation[: trainer.config.train.validate_images]
+    nll = mean_nll(trainer.generator, trainer.pool, chosen, trainer.config)
+    weights = trainer.pool.weights()
+    return sum(weights[name] * value for name, value in nll.items())
+
+
+def _restore(trainer: Trainer, store: CheckpointStore) -> int:
+    """Load the newest whole checkpoint; returns the step to go on with (0 if there is none yet)."""
+    checkpoint = store.newest()
+    if checkpoint is None:
+        log.warning("no checkpoint in %s yet; starting from step 0", trainer.config.run.dir)
+        return 0
+    trainer.generator.load_adapter(checkpoint.folder)
+    return trainer.load_state(load_trainer_state(checkpoint))
+
+
+@dataclass(slots=True)
+class StopSignal:
+    """Set by SIGTERM; the loop looks at it after each step."""
+
+    asked: bool = False
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[StopSignal]:
+    stop = StopSignal()
+
+    def ask(_signum: int, _frame: Any) -> None:
+        stop.asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,79 @@
+"""The loss terms of the `anchored` method as pure functions, and their schedules.
+
+Legend: B images, R anchors, K latents, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.vlm import ImageTokens
+
+
+def nll_multi(nll_RB: Tensor, weights_R: Tensor) -> Tensor:
+    """Σ_r w_r · mean_b NLL_rb / Σ_r w_r, a scalar in nats."""
+    return (weights_R * nll_RB.mean(dim=1)).sum() / weights_R.sum()
+
+
+def concept_loss(predicted_BKD: Tensor, target_BKD: Tensor) -> Tensor:
+    """mean(1 − cos(predicted_k, target_k)) over images and latents, computed in float32."""
+    return (1.0 - F.cosine_similarity(predicted_BKD.float(), target_BKD.float(), dim=-1)).mean()
+
+
+def norm_loss(latents_BKD: Tensor, target_norm: float) -> Tensor:
+    """mean((‖h_k‖ − μ)²) / μ², computed in float32; relative, so that its size does not depend on the model."""
+    norms_BK = latents_BKD.float().norm(dim=-1)
+    return ((norms_BK - target_norm) ** 2).mean() / target_norm**2
+
+
+def half_cosine(step: int, n_steps: int, start: float, end: float) -> float:
+    """From `start` at step 0 to `end` at step n_steps and after, along half a cosine."""
+    if step >= n_steps:
+        return end
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * step / n_steps))
+
+
+def lr_share(step: int, n_steps: int, warmup_steps: int, final_share: float) -> float:
+    """Share of a group's own learning rate: linear warm-up, then a cosine to `final_share`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return half_cosine(step - warmup_steps, max(1, n_steps - warmup_steps), 1.0, final_share)
+
+
+class ConceptHead(nn.Module):
+    """MLP D → D/2 → D with GELU, from latents to pooled visual tokens; thrown away after training."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width))
+
+    def forward(self, latents_BKD: Tensor) -> Tensor:
+        """(B, K, D) → (B, K, D), float32."""
+        predicted: Tensor = self.layers(latents_BKD.float())
+        return predicted
+
+
+def pooled_image_tokens(tokens: ImageTokens, n_latents: int) -> Tensor:
+    """(B, K, D) targets of the concept loss: visual tokens pooled by area over the image.
+
+    The image's grid is averaged into the most nearly square grid of K cells, so every latent gets a region and
+    all regions together cover the image.
+    """
+    out_rows = max(r for r in range(1, math.isqrt(n_latents) + 1) if n_latents % r == 0)
+    cells = (out_rows, n_latents // out_rows)
+    pooled = []
+    for image, grid in zip(tokens.tokens, tokens.grids, strict=True):
+        rows, columns = grid or _grid_of(len(image))
+        map_DHW = image[: rows * columns].float().T.unflatten(1, (rows, columns))
+        pooled.append(F.adaptive_avg_pool2d(map_DHW, cells).flatten(1).T)
+    return torch.stack(pooled)
+
+
+def _grid_of(n_tokens: int) -> tuple[int, int]:
+    """The square that n tokens fill; else one line (families whose tokens carry row separators)."""
+    side = math.isqrt(n_tokens)
+    return (side, side) if side * side == n_tokens else (1, n_tokens)
