@@ -45,11 +45,14 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def clean_ray(local_ray: None) -> Iterator[None]:
-    """The local Ray; the test must give back every CPU that it took and leave no anchor's process behind."""
+    """The local Ray; the test must give back every CPU that it took and leave no anchor's process behind.
+
+    Processes of an earlier pool that are still ending when the test begins may end during it: hence no more, not equal.
+    """
     pids, cpus = anchor_pids(), ray.available_resources().get("CPU", 0.0)
     yield
-    wait_until(lambda: anchor_pids() == pids, 20, "the test left the process of an anchor")
-    wait_until(lambda: ray.available_resources().get("CPU", 0.0) == cpus, 20, "the test left a placement group")
+    wait_until(lambda: anchor_pids() <= pids, 20, "the test left the process of an anchor")
+    wait_until(lambda: ray.available_resources().get("CPU", 0.0) >= cpus, 20, "the test left a placement group")
 
 
 @pytest.fixture(scope="session")
