@@ -75,7 +75,7 @@ TOY_MODELS = (
     ToyModel("A", "qwen2_5_vl", None, 1, (_LEARN_TO_SEE, _LEARN_TO_RELATE)),
     ToyModel("B", "qwen2_5_vl", "A", 2, (Stage(600, 1.5e-3, hard_questions=3),)),
     ToyModel("C", "qwen2_5_vl", "A", 3, (Stage(600, 1.5e-3, hard_questions=3),)),
-    ToyModel("D", "llava", None, 4, (Stage(1500, 3e-3), Stage(1300, 2e-3, hard_questions=4))),
+    ToyModel("D", "llava", None, 4, (Stage(2200, 3e-3), _LEARN_TO_RELATE)),
 )
 
 

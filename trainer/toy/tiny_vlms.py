@@ -1,6 +1,7 @@
 """Tiny VLMs of the toy world as ordinary Hugging Face folders: config, safetensors, tokenizer, processor.
 
-A, B, C: Qwen2.5-VL, width 64, one merged image token per cell. D: LLaVA (CLIP tower, Llama decoder), width 80.
+A, B, C: Qwen2.5-VL, width 64, one merged image token per cell.
+D: LLaVA (CLIP tower, Llama decoder), width 80, four image tokens per cell.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from trainer.toy.world import CELL_PX, COLORS, COLUMNS, IMAGE_PX, MAX_OBJECTS, R
 
 VOCABULARY = 128
 """Padded like a real model's: the spare rows take the generator's latent tokens without any resizing."""
+
+_PATCH_PX = CELL_PX // 2
+"""Four patches a cell: a tower that sees a cell as one patch learned colours and places, but no shapes."""
 
 _ROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 6]}
 """Of the 8 frequencies of a head the time axis takes the fastest, rows the next, columns the rest: with the usual
@@ -114,7 +118,7 @@ def _qwen(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_heads": 4,
-            "patch_size": CELL_PX // 2,
+            "patch_size": _PATCH_PX,
             "spatial_merge_size": 2,
             "temporal_patch_size": 1,
             "out_hidden_size": 64,
@@ -135,12 +139,12 @@ def _llava(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
     token_id = tokenizer.convert_tokens_to_ids
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=160,
-            intermediate_size=320,
+            hidden_size=64,
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             image_size=IMAGE_PX,
-            patch_size=CELL_PX,
+            patch_size=_PATCH_PX,
         ),
         text_config=LlamaConfig(
             vocab_size=VOCABULARY,
@@ -157,7 +161,7 @@ def _llava(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
         image_token_id=token_id("<|image_pad|>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-        image_seq_length=(IMAGE_PX // CELL_PX) ** 2,
+        image_seq_length=(IMAGE_PX // _PATCH_PX) ** 2,
     )
     return LlavaForConditionalGeneration(config)
 
@@ -175,7 +179,7 @@ def save_folder(model: Any, folder: Path) -> None:
     if is_qwen:
         n_px = IMAGE_PX * IMAGE_PX
         image_processor: Any = Qwen2VLImageProcessorPil(
-            patch_size=CELL_PX // 2,
+            patch_size=_PATCH_PX,
             temporal_patch_size=1,
             merge_size=2,
             size={"shortest_edge": n_px, "longest_edge": n_px},
@@ -187,7 +191,7 @@ def save_folder(model: Any, folder: Path) -> None:
         )
         processor = {
             "processor_class": "LlavaProcessor",
-            "patch_size": CELL_PX,
+            "patch_size": _PATCH_PX,
             "vision_feature_select_strategy": "default",
             "image_token": "<|image_pad|>",
             "num_additional_image_tokens": 1,
