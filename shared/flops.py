@@ -1,0 +1,62 @@
+"""How many floating point operations a decoder's pass takes, counted from its config alone.
+
+A multiplication with an addition counts as two operations. Norms, activations, softmax and rotary embeddings are
+left out: they are a percent or less of a model of useful width. Attention is counted as it is computed, over every
+key of the row, masked ones too (the fused kernels do not skip masked blocks of an arbitrary mask).
+
+Legend: T tokens computed in one row, S keys that each of them is compared with (T and a cached prefix), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSize:
+    """Widths of a gated decoder (Llama, Qwen): attention_width is heads · head width, kv_width that of keys alone."""
+
+    layers: int
+    width: int
+    ffn_width: int
+    attention_width: int
+    kv_width: int
+    vocabulary: int
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the linear layers of the whole stack, head and embedding not among them."""
+        attention = self.width * (2 * self.attention_width + 2 * self.kv_width)
+        return self.layers * (attention + 3 * self.width * self.ffn_width)
+
+
+def decoder_size(config: Any) -> DecoderSize:
+    """Sizes of the language model in a `transformers` config."""
+    text = config.get_text_config()
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return DecoderSize(
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        ffn_width=text.intermediate_size,
+        attention_width=text.num_attention_heads * head_width,
+        kv_width=text.num_key_value_heads * head_width,
+        vocabulary=text.vocab_size,
+    )
+
+
+def forward_flops(size: DecoderSize, n_rows: int, n_tokens: int, n_keys: int) -> int:
+    """One pass through the stack, without the head: n_rows rows of T = n_tokens tokens over S = n_keys keys."""
+    per_token = 2 * size.linear_weights + 4 * size.layers * size.attention_width * n_keys
+    return n_rows * n_tokens * per_token
+
+
+def input_gradient_flops(size: DecoderSize, n_rows: int, n_tokens: int, n_keys: int) -> int:
+    """Backward through a frozen stack: each weight once more, and twice the products of attention."""
+    per_token = 2 * size.linear_weights + 8 * size.layers * size.attention_width * n_keys
+    return n_rows * n_tokens * per_token
+
+
+def head_flops(size: DecoderSize, n_predictions: int) -> int:
+    """Logits of so many hidden states; as many again for the gradient of those states."""
+    return 2 * n_predictions * size.width * size.vocabulary
