@@ -28,7 +28,7 @@ from shared.messages import (
 )
 from shared.packing import Media, latent_media, unpack
 from shared.reading import AnswerScores, mean_answer_weights, pack_questions, score_answers
-from shared.vlm import VisionLanguageModel, load_vlm
+from shared.vlm import CachedPrefix, VisionLanguageModel, load_vlm
 
 AdapterOff = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -37,7 +37,8 @@ class FrozenAnchor:
     """Answers `ReadRequest`s with a model whose weights never change and never get a gradient.
 
     adapter_off: context in which a model shared with the generator is its base again (placement shared_base).
-    Holds no state between calls, so any call may be sent again to any replica. Not thread-safe.
+    Holds no state between calls but the constant prefix, so any call may be sent again to any replica. Not
+    thread-safe.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class FrozenAnchor:
             )
         self.name = name
         self.model = model
+        self._prefix = CachedPrefix(model)
         self._media = latent_media(n_latents, on_grid)
         self._adapter_off = adapter_off
         self._incarnation = incarnation
@@ -87,10 +89,10 @@ class FrozenAnchor:
                 if latents_BKD is not None:
                     latents_BKD.requires_grad_(wants_gradient)
                 media = [self._media if latents_BKD is not None else Media(0)] * len(request.questions)
-                rows = pack_questions(self.model, media, request.questions)
+                rows = pack_questions(self.model, media, request.questions, cache_prefix=True)
                 encoded = time.perf_counter()
                 media_ID = None if latents_BKD is None else latents_BKD.flatten(0, 1)
-                scores = score_answers(self.model, rows, media_ID)
+                scores = score_answers(self.model, rows, media_ID, prefix=self._prefix)
                 read = time.perf_counter()
                 latents_grad = None
                 if wants_gradient and latents_BKD is not None:
@@ -111,8 +113,8 @@ class FrozenAnchor:
         """The same questions with the real images (encoded files) instead of latents: the ceiling."""
         with self._adapter_off():
             tokens = self.model.image_tokens([decode_image(data) for data in images])
-            rows = pack_questions(self.model, tokens.media, questions)
-            scores = score_answers(self.model, rows, torch.cat(tokens.tokens), tokens.deepstack)
+            rows = pack_questions(self.model, tokens.media, questions, cache_prefix=True)
+            scores = score_answers(self.model, rows, torch.cat(tokens.tokens), tokens.deepstack, self._prefix)
         return self._reply(request_id, scores, None, ReadTimings())
 
     def _objective(self, request: ReadRequest, scores: AnswerScores) -> Tensor:

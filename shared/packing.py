@@ -6,11 +6,12 @@ A row is laid out as
 
 where media are the image's embeddings (latents or real image tokens). A branch sees the prefix, the media and
 itself, never another branch, and its positions continue after the media as if it stood alone. So Q questions
-cost one prefix instead of Q, and every number equals that of Q separate rows up to rounding.
+cost one prefix instead of Q, and every number equals that of Q separate rows up to rounding. A prefix whose keys
+and values are known already (`shared.vlm.prefix`) takes no columns at all: positions and mask count it, no more.
 
 Pure tensor code: knows neither models nor tokenizers.
 
-Legend: B images, T row length, N answer tokens of all rows together.
+Legend: B images, T row length, S keys of a row (T and a cached prefix), N answer tokens of all rows together.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PADDING, PREFIX = -1, 0
@@ -68,6 +70,7 @@ class PackedRows:
     predict_N2: (row, column) whose hidden state predicts answer token n.
     targets_N: the answer tokens, ordered by image, question, token.
     counts: answer tokens per image and question, to cut N back into lists.
+    n_cached: prefix tokens before the first column, whose keys and values the decoder is given.
     """
 
     token_ids_BT: Tensor
@@ -77,6 +80,7 @@ class PackedRows:
     predict_N2: Tensor
     targets_N: Tensor
     counts: list[list[int]]
+    n_cached: int = 0
 
     def to(self, device: torch.device | str) -> PackedRows:
         """The same rows on `device`."""
@@ -88,6 +92,7 @@ class PackedRows:
             self.predict_N2.to(device),
             self.targets_N.to(device),
             self.counts,
+            self.n_cached,
         )
 
 
@@ -101,11 +106,19 @@ def latent_media(n_latents: int, on_grid: bool) -> Media:
     return Media(n_latents, (side, side))
 
 
-def pack_rows(prefix_ids: Sequence[int], media: Sequence[Media], branches: Sequence[Sequence[Branch]]) -> PackedRows:
-    """Lay out one row per image. `media` and `branches` have one entry per image; lengths may differ."""
+def pack_rows(
+    prefix_ids: Sequence[int], media: Sequence[Media], branches: Sequence[Sequence[Branch]], cache_prefix: bool = False
+) -> PackedRows:
+    """Lay out one row per image. `media` and `branches` have one entry per image; lengths may differ.
+
+    cache_prefix: leave the prefix out of the rows, because the decoder is given its keys and values.
+    """
+    n_cached = len(prefix_ids) if cache_prefix else 0
+    prefix_ids = prefix_ids[n_cached:]
     if len(media) != len(branches):
         raise ValueError(f"{len(media)} images but {len(branches)} lists of questions")
     n_prefix, n_media = len(prefix_ids), max((m.length for m in media), default=0)
+    n_before_media = n_cached + n_prefix
     # The last token of a branch is only ever a target, so it takes no column.
     row_lengths = [n_prefix + n_media + sum(len(b.token_ids) - 1 for b in row) for row in branches]
     n_rows, n_columns = len(branches), max(row_lengths, default=0)
@@ -123,13 +136,13 @@ def pack_rows(prefix_ids: Sequence[int], media: Sequence[Media], branches: Seque
         media_columns = slice(n_prefix, n_prefix + medium.length)
         segments[r, media_columns] = PREFIX
         is_media[r, media_columns] = True
-        positions[:, r, media_columns] = n_prefix + _media_positions(medium)
+        positions[:, r, media_columns] = n_before_media + _media_positions(medium)
         column = n_prefix + n_media
         for q, branch in enumerate(row, start=1):
             n = len(branch.token_ids) - 1
             token_ids[r, column : column + n] = branch.token_ids[:-1]
             segments[r, column : column + n] = q
-            positions[:, r, column : column + n] = n_prefix + medium.extent + np.arange(n)
+            positions[:, r, column : column + n] = n_before_media + medium.extent + np.arange(n)
             columns = column + np.arange(branch.answer_start - 1, n)
             predict.append(np.stack([np.full_like(columns, r), columns], axis=1))
             targets.extend(branch.token_ids[branch.answer_start :])
@@ -142,6 +155,7 @@ def pack_rows(prefix_ids: Sequence[int], media: Sequence[Media], branches: Seque
         predict_N2=torch.from_numpy(np.concatenate(predict) if predict else np.zeros((0, 2), dtype=np.int64)),
         targets_N=torch.tensor(targets, dtype=torch.long),
         counts=[[branch.n_answer for branch in row] for row in branches],
+        n_cached=n_cached,
     )
 
 
@@ -153,18 +167,18 @@ def _media_positions(medium: Media) -> np.ndarray:
     return np.stack([np.zeros(medium.length, dtype=np.int64), rows, columns])
 
 
-def block_mask(segments_BT: Tensor) -> Tensor:
-    """(B, 1, T, T) boolean mask, True where a query (row) may see a key (column).
+def block_mask(segments_BT: Tensor, n_cached: int = 0) -> Tensor:
+    """(B, 1, T, S) boolean mask, True where a query (row) may see a key (column).
 
     A key is visible if it does not lie in the future and belongs to the prefix or to the query's own branch.
-    Padding sees itself alone: a row without any key would turn into NaN.
+    Padding sees itself, and a cached prefix: a row without any key would turn into NaN.
     """
     n = segments_BT.shape[1]
     query_BT1, key_B1T = segments_BT.unsqueeze(2), segments_BT.unsqueeze(1)
     causal_TT = torch.ones(n, n, dtype=torch.bool, device=segments_BT.device).tril()
     visible_BTT = causal_TT & ((key_B1T == PREFIX) | (key_B1T == query_BT1)) & (key_B1T != PADDING)
     visible_BTT |= torch.eye(n, dtype=torch.bool, device=segments_BT.device)
-    return visible_BTT.unsqueeze(1)
+    return F.pad(visible_BTT, (n_cached, 0), value=True).unsqueeze(1)
 
 
 def unpack(values: Sequence[Value], counts: Sequence[Sequence[int]]) -> list[list[list[Value]]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from shared.likelihood import token_logprobs
 from shared.messages import Question
 from shared.packing import Media, PackedRows, pack_rows
 from shared.vlm.model import VisionLanguageModel
+from shared.vlm.prefix import CachedPrefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +32,32 @@ class AnswerScores:
 
 
 def pack_questions(
-    model: VisionLanguageModel, media: Sequence[Media], questions: Sequence[Sequence[Question]]
+    model: VisionLanguageModel,
+    media: Sequence[Media],
+    questions: Sequence[Sequence[Question]],
+    cache_prefix: bool = False,
 ) -> PackedRows:
-    """Packed rows of `questions` behind `media`, on the model's device."""
-    return pack_rows(model.prompt.prefix_ids, media, model.prompt.branches(questions)).to(model.device)
+    """Packed rows of `questions` behind `media`, on the model's device; see `pack_rows` for cache_prefix."""
+    rows = pack_rows(model.prompt.prefix_ids, media, model.prompt.branches(questions), cache_prefix)
+    return rows.to(model.device)
 
 
 def score_answers(
-    model: VisionLanguageModel, rows: PackedRows, media_ID: Tensor | None, deepstack: Sequence[Tensor] = ()
+    model: VisionLanguageModel,
+    rows: PackedRows,
+    media_ID: Tensor | None,
+    deepstack: Sequence[Tensor] = (),
+    prefix: CachedPrefix | None = None,
 ) -> AnswerScores:
-    """One forward pass. Logits are made only where an answer token is predicted."""
-    hidden_BTD = model.decode(rows, media_ID, deepstack)
+    """One forward pass. Logits are made only where an answer token is predicted.
+
+    prefix: needed for rows that leave their prefix out.
+    """
+    cache = None if prefix is None else prefix.for_rows(len(rows.token_ids_BT))
+    hidden_BTD = model.decode(rows, media_ID, deepstack, cache)
     hidden_ND = hidden_BTD[rows.predict_N2[:, 0], rows.predict_N2[:, 1]]
-    logits_NV = model.logits(hidden_ND)
-    if logits_NV.dtype != torch.float64:
-        logits_NV = logits_NV.float()
-    logprobs_N = -F.cross_entropy(logits_NV, rows.targets_N, reduction="none")
-    return AnswerScores(logprobs_N, logits_NV.argmax(-1) == rows.targets_N, rows.counts)
+    logprobs_N, best_N = token_logprobs(hidden_ND, *model.head(), rows.targets_N)
+    return AnswerScores(logprobs_N, best_N == rows.targets_N, rows.counts)
 
 
 def mean_answer_weights(counts: Sequence[Sequence[int]], count_end_of_turn: bool) -> list[float]:

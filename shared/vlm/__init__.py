@@ -9,9 +9,11 @@ from shared.vlm.model import (
     load_vlm,
     vlm_config,
 )
+from shared.vlm.prefix import CachedPrefix
 from shared.vlm.prompt import Prompt
 
 __all__ = [
+    "CachedPrefix",
     "ImageTokens",
     "Processor",
     "Prompt",

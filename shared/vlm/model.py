@@ -3,7 +3,7 @@
 Generator and anchors build their own input embeddings and call the decoder directly: the same code for every
 family, no placeholder scatter, no positions guessed by the model, no logits that nobody reads.
 
-Legend: B images, T row length, D width, N answer tokens, V vocabulary, I image tokens.
+Legend: B images, T row length, S keys of a row, D width, V vocabulary, I image tokens.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Cache
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
@@ -110,37 +109,40 @@ class VisionLanguageModel:
             return embeds_BTD
         return embeds_BTD.masked_scatter(rows.media_BT.unsqueeze(-1), media_ID.to(embeds_BTD.dtype))
 
-    def decode(self, rows: PackedRows, media_ID: Tensor | None, deepstack: Sequence[Tensor] = ()) -> Tensor:
-        """(B, T, D) last hidden states, after the final norm, of packed rows."""
-        return self.decode_embeddings(
-            self.row_embeddings(rows, media_ID),
-            block_mask(rows.segments_BT),
-            rows.positions_3BT,
-            **(
-                {"visual_pos_masks": rows.media_BT, "deepstack_visual_embeds": list(deepstack)}
-                if len(deepstack)
-                else {}
-            ),
-        )
+    def decode(
+        self,
+        rows: PackedRows,
+        media_ID: Tensor | None,
+        deepstack: Sequence[Tensor] = (),
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """(B, T, D) last hidden states, after the final norm, of packed rows.
 
-    def decode_embeddings(self, embeds_BTD: Tensor, mask_B1TT: Tensor, positions_3BT: Tensor, **extra: Any) -> Tensor:
+        deepstack: see `ImageTokens`. cache: keys and values of the rows' cached prefix.
+        """
+        extra: dict[str, Any] = {"past_key_values": cache}
+        if len(deepstack):
+            extra |= {"visual_pos_masks": rows.media_BT, "deepstack_visual_embeds": list(deepstack)}
+        mask_B1TS = block_mask(rows.segments_BT, rows.n_cached)
+        return self.decode_embeddings(self.row_embeddings(rows, media_ID), mask_B1TS, rows.positions_3BT, **extra)
+
+    def decode_embeddings(self, embeds_BTD: Tensor, mask_B1TS: Tensor, positions_3BT: Tensor, **extra: Any) -> Tensor:
         """(B, T, D) last hidden states of embeddings under an explicit mask and explicit positions."""
         hidden_BTD: Tensor = self.decoder(
             inputs_embeds=embeds_BTD,
-            attention_mask=mask_B1TT,
+            attention_mask=mask_B1TS,
             position_ids=positions_3BT if self.family.uses_mrope else positions_3BT[0],
             use_cache=False,
             **extra,
         ).last_hidden_state
         return hidden_BTD
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """(N, V) logits in the dtype of the weights, without the rows of latent tokens."""
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, D) and bias (V,) of the output head, without the rows of latent tokens."""
         head: Any = self.hf_model.get_output_embeddings()  # type: ignore[operator]
         # Where head and embedding are one matrix, peft wraps both; new rows are no words, so the bare head serves.
         head = getattr(head, "original_module", head)
-        bias = None if head.bias is None else head.bias[: self.vocabulary]
-        return F.linear(hidden_ND, head.weight[: self.vocabulary], bias)
+        return head.weight[: self.vocabulary], None if head.bias is None else head.bias[: self.vocabulary]
 
     def image_tokens(self, images: Sequence[Image.Image]) -> ImageTokens:
         """Embeddings of images through the (frozen) vision tower and its projection."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from anchor_service.frozen_anchor import FrozenAnchor
 from anchor_service.pool import AnchorPool
@@ -103,7 +104,8 @@ def test_shared_base_is_the_base_model_bit_for_bit_after_training(toy_folder: Pa
         assert shared.read_images("images", images, questions).logprobs == expected[1]
         hidden_ND = torch.randn(5, untouched.width)
         with generator.adapter_off():
-            assert torch.equal(generator.model.logits(hidden_ND), untouched.logits(hidden_ND))
+            logits_NV = F.linear(hidden_ND, *generator.model.head())
+        assert torch.equal(logits_NV, F.linear(hidden_ND, *untouched.head()))
     trained = {id(parameter) for parameter in generator.parameters()}
     frozen = [p for p in generator.model.hf_model.parameters() if id(p) not in trained]
     assert all(parameter.grad is None for parameter in frozen)

@@ -54,6 +54,31 @@ def test_fused_gradient_is_plain_autograds(tiny_model, questions, family, count_
     assert latents_BKD.grad is None
 
 
+def test_a_read_keeps_activations_of_its_own_rows_and_no_logits(tiny_model, questions):
+    """What autograd keeps between forward and backward is bounded by the rows' activations.
+
+    The bound is that of `trainer.estimate` for a frozen float32 model: 7 widths and 3 feed-forward widths a token
+    and layer. Weights are kept by reference and cost nothing.
+    """
+    model = tiny_model("qwen2_5_vl")
+    weights = {p.untyped_storage().data_ptr() for p in model.hf_model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    anchor, latents_BKD = make_anchor(model), make_latents(len(questions))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        anchor.read(ReadRequest("r", questions, latents_BKD, Gradient.FUSED))
+    rows = pack_questions(model, [Media(N_LATENTS)] * len(questions), questions, cache_prefix=True)
+    text = model.hf_model.config.get_text_config()
+    n_tokens = rows.token_ids_BT.numel()
+    bound = 4 * (text.num_hidden_layers + 1) * n_tokens * (7 * text.hidden_size + 3 * text.intermediate_size)
+    assert 0.3 * bound < sum(kept.values()) < bound
+
+
 def test_vjp_gradient_with_given_token_weights_on_a_grid(tiny_model, questions):
     model = tiny_model("qwen3_vl")
     latents_BKD = make_latents(len(questions)).requires_grad_()
