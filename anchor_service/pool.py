@@ -1,9 +1,10 @@
 """The trainer's side of the anchors: start them, call them in parallel, survive the loss of one.
 
     pool = AnchorPool.start(config, generator_handshake, shared_base)
-    outcomes = pool.read({"A": request, "B": request})
+    replies = pool.read({"A": request, "B": request})
 
-Every call is submitted before any is gathered. Each has a deadline. A call whose actor dies is sent again to the
+Every call is submitted before any is gathered; `submit` and `gather` apart leave room for other work in between.
+Each has a deadline. A call whose actor dies is sent again to the
 restarted actor (bounded by pool.retries and pool.max_restarts), then to the anchor's other replicas.
 An anchor lost for good ends the run or is dropped, by pool.on_loss; never silently.
 
@@ -17,6 +18,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +59,14 @@ class AnchorHandle(Protocol):
 
     def close(self) -> None:
         """Free processes and memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingReads:
+    """Reads under way, by anchor: what was asked, and the calls that bring the answers."""
+
+    requests: dict[str, ReadRequest]
+    calls: dict[str, PendingReply]
 
 
 class AnchorPool:
@@ -100,6 +110,11 @@ class AnchorPool:
         return pool
 
     @property
+    def has_remote(self) -> bool:
+        """Whether any anchor computes in a process of its own, beside the trainer."""
+        return any(not isinstance(self._handles[name], LocalHandle) for name in self.names)
+
+    @property
     def names(self) -> list[str]:
         """Anchors that still answer, in the order of the config."""
         return [name for name in self._handles if name not in self._lost]
@@ -119,17 +134,27 @@ class AnchorPool:
         return f"r{next(self._request_numbers)}"
 
     def read(self, requests: Mapping[str, ReadRequest]) -> dict[str, ReadReply]:
-        """Send one request to each named anchor at once and gather the replies.
+        """Send one request to each named anchor at once and gather the replies; see `gather`."""
+        return self.gather(self.submit(requests))
+
+    def submit(self, requests: Mapping[str, ReadRequest]) -> PendingReads:
+        """Send one request to each named anchor and return at once.
+
+        Anchors in the trainer's process compute when they are gathered.
+        """
+        shared_latents: dict[int, Any] = {}
+        calls = {name: self._handles[name].submit(request, shared_latents) for name, request in requests.items()}
+        return PendingReads(dict(requests), calls)
+
+    def gather(self, pending: PendingReads) -> dict[str, ReadReply]:
+        """The replies, each checked against its request; the deadline runs from now.
 
         Anchors dropped on the way are absent from the result. Raises AnchorLostError (policy `fail`),
         AnchorCallError, DataError.
         """
-        deadline = time.monotonic() + self._config.deadline_s
-        shared_latents: dict[int, Any] = {}
-        pending = {name: self._handles[name].submit(request, shared_latents) for name, request in requests.items()}
-        replies = self._gather(pending, deadline)
+        replies = self._gather(pending.calls, time.monotonic() + self._config.deadline_s)
         for name, reply in replies.items():
-            _check_reply(requests[name], reply)
+            _check_reply(pending.requests[name], reply)
         return replies
 
     def read_images(
@@ -160,6 +185,8 @@ class AnchorPool:
     def _gather(self, pending: Mapping[str, PendingReply], deadline: float) -> dict[str, ReadReply]:
         replies = {}
         for name, call in pending.items():
+            if name in self._lost:
+                continue  # dropped while this call was waiting behind the one that noticed
             try:
                 replies[name] = call.result(deadline)
             except AnchorLostError as error:

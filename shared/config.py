@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -135,7 +135,9 @@ class TrainConfig(Section):
     steps: int = Field(1000, ge=1)
     seed: int = 0
     batch_images: int = Field(4, ge=1, description="Global batch; every other batch size derives from it.")
-    microbatches: int = Field(1, ge=1, description="Equal parts of the batch whose gradients are summed.")
+    microbatches: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="Equal parts of the batch whose gradients are summed; auto measures which number is fastest."
+    )
     lr_lora: float = Field(5e-5, gt=0, description="For LoRA and the concept head.")
     lr_tokens: float = Field(5e-3, gt=0, description="For the embedding rows of the latent tokens.")
     warmup_steps: int = Field(0, ge=0)
@@ -148,9 +150,14 @@ class TrainConfig(Section):
     validate_every: int = Field(0, ge=0, description="0: never; the newest checkpoint then counts as the best.")
     validate_images: int = Field(64, ge=1)
 
+    @property
+    def fewest_microbatches(self) -> int:
+        """The number to plan memory with: `auto` also tries the whole batch at once."""
+        return 1 if self.microbatches == "auto" else self.microbatches
+
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:
-        if self.batch_images % self.microbatches:
+        if self.microbatches != "auto" and self.batch_images % self.microbatches:
             raise ValueError(
                 f"microbatches: {self.microbatches} does not divide batch_images: {self.batch_images}; choose a divisor"
             )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from anchor_service.pool import AnchorPool
+from anchor_service.pool import AnchorPool, PendingReads
 from shared.errors import AnchorLostError
 from shared.messages import Gradient, Question, ReadReply, ReadRequest
 from shared.packing import unpack
@@ -54,24 +54,38 @@ class AnchorBridge:
         self._count_end_of_turn = count_end_of_turn
 
     def read(self, latents_BKD: Tensor, questions: Questions) -> BridgeOutput:
-        """Have every anchor read the latents. Raises what `AnchorPool.read` raises.
+        """Have every anchor read the latents, and wait; see `PendingRead.output`."""
+        return self.submit(latents_BKD, questions).output()
+
+    def submit(self, latents_BKD: Tensor, questions: Questions) -> PendingRead:
+        """Have every anchor read the latents, and return while they do."""
+        forward = Gradient.FUSED if self._mode is Gradient.FUSED else Gradient.NONE
+        call = _Call(self._pool, latents_BKD.detach().contiguous(), questions, self._count_end_of_turn)
+        call.submit_forward(forward)
+        return PendingRead(call, latents_BKD, self._mode)
+
+
+class PendingRead:
+    """A read by all anchors under way."""
+
+    def __init__(self, call: _Call, latents_BKD: Tensor, mode: Gradient):
+        self._call, self._latents_BKD, self._mode = call, latents_BKD, mode
+
+    def output(self) -> BridgeOutput:
+        """Wait for the anchors. Raises what `AnchorPool.gather` raises.
 
         An anchor that the pool dropped is absent from the output.
         """
-        call = _Call(self._pool, questions, self._count_end_of_turn)
-        if self._mode is Gradient.FUSED:
-            nll_RB: Tensor = _FusedRead.apply(call, latents_BKD)  # type: ignore[no-untyped-call]
-        else:
-            nll_RB = self._nll_from_tokens(call, _TokenRead.apply(call, latents_BKD))  # type: ignore[no-untyped-call]
-        weights = self._pool.weights()
-        weights_R = nll_RB.new_tensor([weights[name] for name in call.replies])
-        return BridgeOutput(nll_RB, weights_R, call.replies)
+        call, function = self._call, _FusedRead if self._mode is Gradient.FUSED else _TokenRead
+        outputs: Tensor = function.apply(call, self._latents_BKD)  # type: ignore[no-untyped-call]
+        nll_RB = outputs if self._mode is Gradient.FUSED else self._nll_from_tokens(outputs)
+        return BridgeOutput(nll_RB, nll_RB.new_tensor(call.weights()), call.replies)
 
-    def _nll_from_tokens(self, call: _Call, logprobs_N: Tensor) -> Tensor:
-        rows = []
+    def _nll_from_tokens(self, logprobs_N: Tensor) -> Tensor:
+        call, rows = self._call, []
         for name, logprobs in zip(call.replies, logprobs_N.split(call.n_tokens()), strict=True):
             counts = call.counts(name)
-            weights = mean_answer_weights(counts, self._count_end_of_turn)
+            weights = mean_answer_weights(counts, call.count_end_of_turn)
             weighted = logprobs * torch.tensor(weights, dtype=logprobs.dtype, device=logprobs.device)
             rows.append(torch.stack([-part.sum() for part in weighted.split([sum(row) for row in counts])]))
         return torch.stack(rows)
@@ -80,28 +94,37 @@ class AnchorBridge:
 class _Call:
     """One batch on its way through the pool; filled in by forward, read by backward."""
 
-    def __init__(self, pool: AnchorPool, questions: Questions, count_end_of_turn: bool):
+    def __init__(self, pool: AnchorPool, latents_BKD: Tensor, questions: Questions, count_end_of_turn: bool):
         self.replies: dict[str, ReadReply] = {}
         self.count_end_of_turn = count_end_of_turn
         self._pool = pool
+        self._latents_BKD = latents_BKD
         self._questions = questions
+        self._forward: PendingReads | None = None
 
-    def send(
-        self,
-        names: Sequence[str],
-        latents_BKD: Tensor,
-        gradient: Gradient,
-        token_weights: Mapping[str, Any] | None = None,
-    ) -> dict[str, ReadReply]:
-        """Submit to every anchor, then gather. All anchors share one copy of the latents."""
-        plain_BKD = latents_BKD.detach().contiguous()
+    def submit_forward(self, gradient: Gradient) -> None:
+        """Send the forward call to all anchors that still answer; all share one copy of the latents."""
+        self._forward = self._submit(self._pool.names, gradient)
+
+    def gather_forward(self) -> None:
+        """Wait for the forward call's replies."""
+        assert self._forward is not None, "submit_forward comes first, and a call is gathered once"
+        self.replies, self._forward = self._pool.gather(self._forward), None
+
+    def backward(self, token_weights: Mapping[str, Any]) -> dict[str, ReadReply]:
+        """The vjp call to every anchor that answered forward."""
+        return self._pool.gather(self._submit(list(self.replies), Gradient.VJP, token_weights))
+
+    def _submit(
+        self, names: Sequence[str], gradient: Gradient, token_weights: Mapping[str, Any] | None = None
+    ) -> PendingReads:
         request_id = self._pool.new_request_id()
-        return self._pool.read(
+        return self._pool.submit(
             {
                 name: ReadRequest(
                     request_id=request_id,
                     questions=self._questions,
-                    latents=plain_BKD,
+                    latents=self._latents_BKD,
                     gradient=gradient,
                     token_weights=None if token_weights is None else token_weights[name],
                     count_end_of_turn=self.count_end_of_turn,
@@ -110,9 +133,10 @@ class _Call:
             }
         )
 
-    def forward(self, latents_BKD: Tensor, gradient: Gradient) -> None:
-        """The forward call to all anchors that still answer."""
-        self.replies = self.send(self._pool.names, latents_BKD, gradient)
+    def weights(self) -> list[float]:
+        """w_r of the anchors that answered, in the order of their replies, summing to 1."""
+        weights = self._pool.weights()
+        return [weights[name] for name in self.replies]
 
     def counts(self, name: str) -> list[list[int]]:
         """Answer tokens per image and question, as this anchor's tokenizer cuts them."""
@@ -126,7 +150,7 @@ class _Call:
 class _FusedRead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, latents_BKD: Tensor) -> Tensor:
-        call.forward(latents_BKD, Gradient.FUSED)
+        call.gather_forward()
         ctx.call = call
         nll = [nll_per_image(reply.logprobs, call.count_end_of_turn) for reply in call.replies.values()]
         return torch.tensor(nll, dtype=_loss_dtype(latents_BKD), device=latents_BKD.device)
@@ -145,8 +169,8 @@ class _FusedRead(torch.autograd.Function):
 class _TokenRead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, latents_BKD: Tensor) -> Tensor:
-        call.forward(latents_BKD, Gradient.NONE)
-        ctx.call, ctx.latents_BKD = call, latents_BKD.detach()
+        call.gather_forward()
+        ctx.call = call
         flat = [v for reply in call.replies.values() for row in reply.logprobs for q in row for v in q]
         return torch.tensor(flat, dtype=_loss_dtype(latents_BKD), device=latents_BKD.device)
 
@@ -156,7 +180,7 @@ class _TokenRead(torch.autograd.Function):
         call: _Call = ctx.call
         parts = zip(call.replies, grad_N.split(call.n_tokens()), strict=True)
         weights = {name: unpack(part.tolist(), call.counts(name)) for name, part in parts}
-        replies = call.send(list(call.replies), ctx.latents_BKD, Gradient.VJP, weights)
+        replies = call.backward(weights)
         if len(replies) < len(call.replies):
             raise AnchorDroppedError(f"anchors {sorted(set(call.replies) - set(replies))} were dropped in backward")
         gradients = [

@@ -127,7 +127,7 @@ def estimate_memory(config: Config, models: Mapping[str, ModelFacts]) -> list[Pr
     """Bytes per process: the trainer's with its local anchors first, then each Ray anchor. models: by path."""
     generator, train = config.generator, config.train
     facts = models[generator.model]
-    n_images = train.batch_images // train.microbatches
+    n_images = train.batch_images // train.fewest_microbatches
     head = sum(p.numel() for p in _meta_head(facts.width).parameters())
     n_trainable = lora_parameters(facts, generator.lora) + (1 + generator.latents) * facts.width + head
     n_tokens = n_images * (_PROMPT_TOKENS + facts.image_tokens + 1 + generator.latents)
@@ -166,7 +166,7 @@ def activation_bytes(facts: ModelFacts, n_tokens: int, dtype: str, trains: bool,
 
 def _read_bytes(config: Config, anchor: AnchorConfig, facts: ModelFacts, dtype: str) -> tuple[int, int]:
     """Activations and logits of one read with gradient, of the images that one replica gets."""
-    n_images = -(-(config.train.batch_images // config.train.microbatches) // anchor.replicas)
+    n_images = -(-(config.train.batch_images // config.train.fewest_microbatches) // anchor.replicas)
     n_questions = config.data.questions_per_image
     branch = _QUESTION_TOKENS + _ANSWER_TOKENS
     n_tokens = n_images * (_PROMPT_TOKENS + config.generator.latents + n_questions * branch)

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ from trainer.evaluation.reading import mean_nll
 from trainer.generator import Generator
 from trainer.losses import lr_share
 from trainer.methods import METHODS
+from trainer.methods.anchored import Emitted
 from trainer.metrics import MetricsWriter
+from trainer.microbatches import Microbatches
 from trainer.model_card import model_card
 from trainer.progress import TrainProgress
 
@@ -68,6 +71,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=t.betas, weight_decay=t.weight_decay)
         self._base_lrs = [t.lr_lora, t.lr_tokens]
+        self.microbatches = Microbatches(t.microbatches, t.batch_images, pool.has_remote)
         self._on_error = ErrorPolicy(config.data.on_error)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._next: tuple[int, Future[list[Prepared]]] | None = None
@@ -93,6 +97,7 @@ class Trainer:
         self.optimizer.step()
 
         seconds = time.perf_counter() - started
+        self.microbatches.record(step, seconds - waited)
         return {
             **metrics,
             "grad_norm": float(grad_norm),
@@ -102,6 +107,7 @@ class Trainer:
             "data_wait_ms": 1e3 * waited,
             "images_per_s": self.config.train.batch_images / seconds,
             "anchors": len(self.pool.names),
+            "microbatches": len(parts),
         }
 
     def _accumulate_until_complete(self, parts: list[Prepared], step: int) -> dict[str, float]:
@@ -120,10 +126,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         readers: set[str] = set()
-        for part in parts:
-            tokens = self.generator.image_tokens_from(part.inputs)
+        for part, emitted in self._emitted(parts):
             try:
-                loss = self.method.loss(part.batch, tokens, step)
+                loss = self.method.loss(emitted, step)
                 if not torch.isfinite(loss.total):
                     records = ", ".join(r.record_id for r in part.batch.records)
                     raise NonFiniteError(f"step {step}: the loss is {loss.total.item()} on images {records}")
@@ -141,19 +146,38 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value / len(parts)
         return sums
 
+    def _emitted(self, parts: list[Prepared]) -> Iterator[tuple[Prepared, Emitted]]:
+        """Each microbatch with its reads under way.
+
+        Beside remote anchors the generator works one microbatch ahead of them: it writes the next one's latents
+        before it waits for this one's replies, so the anchors always have a call in hand. Forward and backward
+        passes keep their order among themselves, so every number is that of one microbatch after the other.
+        """
+        ahead = 1 if self.pool.has_remote else 0
+        waiting: deque[tuple[Prepared, Emitted]] = deque()
+        for part in parts:
+            tokens = self.generator.image_tokens_from(part.inputs)
+            waiting.append((part, self.method.emit(part.batch, tokens)))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        yield from waiting
+
     def _prepared(self, step: int) -> list[Prepared]:
         """The step's microbatches; the next step's are loaded while this one runs."""
-        current = self._next if self._next and self._next[0] == step else (step, self._submit(step))
-        parts = current[1].result()
+        loading = self._next[1] if self._next and self._next[0] == step else self._submit(step)
+        parts = loading.result()
+        if len(parts) != self.microbatches.count(step):
+            # The step before ended the trial of `auto`, after this one's batch had been cut.
+            parts = self._submit(step).result()
         self._next = (step + 1, self._submit(step + 1)) if step + 1 < self.config.train.steps else None
         return parts
 
     def _submit(self, step: int) -> Future[list[Prepared]]:
-        return self._loader.submit(self._load, step)
+        return self._loader.submit(self._load, step, self.microbatches.count(step))
 
-    def _load(self, step: int) -> list[Prepared]:
+    def _load(self, step: int, microbatches: int) -> list[Prepared]:
         batch = self._sampler.batch(step)
-        n = len(batch.records) // self.config.train.microbatches
+        n = len(batch.records) // microbatches
         parts = []
         for start in range(0, len(batch.records), n):
             part, images = self._with_images(batch.records[start : start + n], batch.questions[start : start + n])
@@ -183,6 +207,7 @@ class Trainer:
             "next_step": next_step,
             "optimizer": self.optimizer.state_dict(),
             "extra_modules": self.method.extra_modules.state_dict(),
+            "microbatches": self.microbatches.state(),
             "cpu_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -191,6 +216,7 @@ class Trainer:
         """Restore; returns the step to go on with."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.extra_modules.load_state_dict(state["extra_modules"])
+        self.microbatches.load_state(state["microbatches"])
         torch.set_rng_state(state["cpu_rng"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -219,23 +245,22 @@ def train_run(config: Config, resume: bool) -> bool:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
 
-    generator = Generator(config.generator, config.train.seed)
-    probe = [record.image_path.read_bytes() for record in records[:_PROBE_IMAGES]]
-    with (
-        AnchorPool.start(
-            config, generator.handshake(), (generator.model, generator.adapter_off), probe_images=probe
-        ) as pool,
-        contextlib.closing(Trainer(config, generator, pool, sampler)) as trainer,
-    ):
-        first_step = _restore(trainer, store) if resume else 0
-        if first_step == 0 and config.generator.calibrate_norm:
-            generator.calibrate_norm([r.load_image() for r in records[:_PROBE_IMAGES]], mean_image_norm(pool))
+    with _stop_signal() as stop:
+        generator = Generator(config.generator, config.train.seed)
+        probe = [record.image_path.read_bytes() for record in records[:_PROBE_IMAGES]]
+        shared_base = (generator.model, generator.adapter_off)
         with (
-            contextlib.closing(MetricsWriter(run_dir, config, first_step)) as metrics,
-            TrainProgress(config, first_step) as progress,
-            _stop_signal() as stop,
+            AnchorPool.start(config, generator.handshake(), shared_base, probe_images=probe) as pool,
+            contextlib.closing(Trainer(config, generator, pool, sampler)) as trainer,
         ):
-            return _run_steps(trainer, store, metrics, progress, stop, first_step, validation)
+            first_step = _restore(trainer, store) if resume else 0
+            if first_step == 0 and config.generator.calibrate_norm:
+                generator.calibrate_norm([r.load_image() for r in records[:_PROBE_IMAGES]], mean_image_norm(pool))
+            with (
+                contextlib.closing(MetricsWriter(run_dir, config, first_step)) as metrics,
+                TrainProgress(config, first_step) as progress,
+            ):
+                return _run_steps(trainer, store, metrics, progress, stop, first_step, validation)
 
 
 def mean_image_norm(pool: AnchorPool) -> float:
@@ -255,6 +280,9 @@ def _run_steps(
 ) -> bool:
     t = trainer.config.train
     for step in range(first_step, t.steps):
+        if stop.asked:
+            progress.warn(f"stopped on SIGTERM after step {step}; go on with --resume {trainer.config.run.dir}")
+            return False
         trainer.generator.train()
         values = trainer.step(step)
         done, last = step + 1, step + 1 == t.steps
@@ -266,9 +294,6 @@ def _run_steps(
             progress.warn(f"anchor {name} is lost and dropped: {reason}")
         if done % t.checkpoint_every == 0 or last or stop.asked:
             _save(trainer, store, done, values)
-        if stop.asked and not last:
-            progress.warn(f"stopped on SIGTERM after step {done}; go on with --resume {trainer.config.run.dir}")
-            return False
     return True
 
 

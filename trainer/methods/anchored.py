@@ -18,7 +18,7 @@ from shared.config import Config
 from shared.errors import NonFiniteError
 from shared.messages import ReadReply
 from shared.vlm import ImageTokens
-from trainer.bridge import AnchorBridge
+from trainer.bridge import AnchorBridge, PendingRead
 from trainer.data.sampling import Batch
 from trainer.generator import Generator
 from trainer.losses import ConceptHead, concept_loss, half_cosine, nll_multi, norm_loss, pooled_image_tokens
@@ -31,6 +31,15 @@ class LossParts:
     total: Tensor
     terms: dict[str, float]
     replies: dict[str, ReadReply]
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """A batch whose latents are written and being read. latents_BKD are part of the generator's graph."""
+
+    tokens: ImageTokens
+    latents_BKD: Tensor
+    read: PendingRead
 
 
 class AnchoredMethod:
@@ -49,18 +58,22 @@ class AnchoredMethod:
         """Modules that train beside the generator and are saved with the trainer state."""
         return self.head
 
-    def loss(self, batch: Batch, tokens: ImageTokens, step: int) -> LossParts:
-        """The loss of one batch. Raises NonFiniteError naming records, and whatever the pool raises."""
-        w = self._config.loss
+    def emit(self, batch: Batch, tokens: ImageTokens) -> Emitted:
+        """Write the latents of one batch and send them to the anchors. Raises NonFiniteError naming records."""
         latents_BKD = self._generator.emit(tokens)
         _check_finite(latents_BKD, batch)
         questions = [[question.message for question in row] for row in batch.questions]
-        read = self._bridge.read(latents_BKD, questions)
-        target_BKD = pooled_image_tokens(tokens, self._generator.n_latents)
+        return Emitted(tokens, latents_BKD, self._bridge.submit(latents_BKD, questions))
+
+    def loss(self, emitted: Emitted, step: int) -> LossParts:
+        """The loss of an emitted batch, once the anchors have answered. Raises whatever the pool raises."""
+        w = self._config.loss
+        read = emitted.read.output()
+        target_BKD = pooled_image_tokens(emitted.tokens, self._generator.n_latents)
 
         nll = nll_multi(read.nll_RB, read.weights_R)
-        concept = concept_loss(self.head(latents_BKD), target_BKD)
-        norm = norm_loss(latents_BKD, self._image_norm)
+        concept = concept_loss(self.head(emitted.latents_BKD), target_BKD)
+        norm = norm_loss(emitted.latents_BKD, self._image_norm)
         total = (
             half_cosine(step, w.ramp_steps, w.nll_start, w.nll) * nll
             + w.concept * concept
