@@ -88,7 +88,7 @@ def make_table() -> AnswerTable:
         number = iter(range(1, 7))
         logprobs = [[[-float(next(number)), -1.0] for _ in row] for row in KINDS]
         matches = [[[hit, True] for hit in row] for row in HITS[condition]]
-        table.add(condition, ReadReply("r", "A", 0, logprobs, matches), count_end_of_turn=True)
+        table.add(condition, [ReadReply("r", "A", 0, logprobs, matches)], count_end_of_turn=True)
     for image, row in enumerate(KINDS):
         table.images += [image] * len(row)
         table.kinds += row
@@ -124,6 +124,18 @@ def test_held_out_kinds_stand_apart_from_the_headline():
 def test_an_answer_is_a_hit_only_if_all_of_its_tokens_are():
     table = AnswerTable()
     reply = ReadReply("r", "A", 0, [[[-1.0, -2.0, -6.0]] * 2], [[[True, True, False], [True, True, True]]])
-    table.add("latents", reply, count_end_of_turn=False)
+    table.add("latents", [reply], count_end_of_turn=False)
     assert table.hits["latents"] == [False, True]
     assert table.nll["latents"] == [1.5, 1.5]
+
+
+def test_several_readings_are_averaged_question_by_question():
+    table = AnswerTable()
+    readings = [
+        ReadReply("r", "A", 0, [[[-1.0, -3.0], [-2.0, -2.0]]], [[[True, True], [False, True]]]),
+        ReadReply("r", "A", 0, [[[-3.0, -5.0], [-2.0, -4.0]]], [[[True, False], [False, True]]]),
+    ]
+    table.add("swapped", readings, count_end_of_turn=True)
+    assert table.hits["swapped"] == [0.5, 0.0]
+    assert table.nll["swapped"] == [3.0, 2.5]
+    assert table.first_token_nll["swapped"] == [2.0, 2.0]

@@ -2,7 +2,7 @@
 
     ceiling   the anchor with the real image
     latents   the anchor with the latents of the image
-    swapped   the anchor with the latents of another image of the split
+    swapped   the anchor with the latents of another image of the split, the mean over several others
     floor     the anchor with the question alone
 
 Exact match means that greedy decoding gives the reference answer and then ends its turn; it is read off the
@@ -31,26 +31,35 @@ from trainer.generator import Generator
 
 CONDITIONS = ("ceiling", "latents", "swapped", "floor")
 Progress = Callable[[int, int], None]
+N_SWAPS = 4
+"""Other images whose latents each question is answered from: with one, chance alone moves the mean by a point."""
 
 
 @dataclass(slots=True)
 class AnswerTable:
-    """One row per question: what an anchor made of it under each condition."""
+    """One row per question: what an anchor made of it under each condition; hits are 0 or 1, or a mean of such."""
 
     images: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
-    hits: dict[str, list[bool]] = field(default_factory=lambda: {c: [] for c in CONDITIONS})
+    hits: dict[str, list[float]] = field(default_factory=lambda: {c: [] for c in CONDITIONS})
     nll: dict[str, list[float]] = field(default_factory=lambda: {c: [] for c in CONDITIONS})
     first_token_nll: dict[str, list[float]] = field(default_factory=lambda: {c: [] for c in CONDITIONS})
 
-    def add(self, condition: str, reply: ReadReply, count_end_of_turn: bool) -> None:
-        """Append a reply's questions to one condition."""
-        for logprobs, matches in zip(reply.logprobs, reply.matches, strict=True):
-            for tokens, token_matches in zip(logprobs, matches, strict=True):
-                counted = tokens if count_end_of_turn else tokens[:-1]
-                self.hits[condition].append(all(token_matches))
-                self.nll[condition].append(-sum(counted) / len(counted))
-                self.first_token_nll[condition].append(-tokens[0])
+    def add(self, condition: str, replies: Sequence[ReadReply], count_end_of_turn: bool) -> None:
+        """Append the questions of one or several readings under one condition, averaged question by question."""
+        readings = np.mean([_per_question(reply, count_end_of_turn) for reply in replies], axis=0)
+        for values, column in zip((self.hits, self.nll, self.first_token_nll), readings.T, strict=True):
+            values[condition] += column.tolist()
+
+
+def _per_question(reply: ReadReply, count_end_of_turn: bool) -> list[tuple[float, float, float]]:
+    """Hit, NLL in nats per token, and NLL of the first token, for every question of a reply."""
+    rows = []
+    for logprobs, matches in zip(reply.logprobs, reply.matches, strict=True):
+        for tokens, token_matches in zip(logprobs, matches, strict=True):
+            counted = tokens if count_end_of_turn else tokens[:-1]
+            rows.append((float(all(token_matches)), -sum(counted) / len(counted), -tokens[0]))
+    return rows
 
 
 @torch.no_grad()
@@ -83,21 +92,22 @@ def read_all(
     """Every question of every record under every condition, by anchor. `progress` gets (images done, all)."""
     latents_BKD = latents_of(generator, records, config.evaluation.batch_images)
     # At random, not from the neighbour: data sets balance answers in order, so neighbours are not independent.
-    swapped_BKD = latents_BKD[torch.from_numpy(derangement(len(records), config.train.seed))]
+    others = [torch.from_numpy(derangement(len(records), config.train.seed + i)) for i in range(N_SWAPS)]
     tables = {name: AnswerTable() for name in pool.names}
     first = 0
     for chunk in _chunks(records, config.evaluation.batch_images):
         here = slice(first, first + len(chunk))
         questions = _questions(chunk)
         replies = {
-            "ceiling": pool.read_images([r.image_path.read_bytes() for r in chunk], questions, pool.names),
-            "latents": _read(pool, latents_BKD[here], questions),
-            "swapped": _read(pool, swapped_BKD[here], questions),
-            "floor": _read(pool, None, questions),
+            "ceiling": [pool.read_images([r.image_path.read_bytes() for r in chunk], questions, pool.names)],
+            "latents": [_read(pool, latents_BKD[here], questions)],
+            "swapped": [_read(pool, latents_BKD[other[here]], questions) for other in others],
+            "floor": [_read(pool, None, questions)],
         }
         for name, table in tables.items():
-            for condition, by_anchor in replies.items():
-                table.add(condition, by_anchor[name], config.pool.count_end_of_turn)
+            for condition, readings in replies.items():
+                by_anchor = [reading[name] for reading in readings]
+                table.add(condition, by_anchor, config.pool.count_end_of_turn)
             for i, record in enumerate(chunk):
                 table.images += [first + i] * len(record.questions)
                 table.kinds += [question.kind for question in record.questions]
