@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -84,25 +84,18 @@ class FrozenAnchor:
         latents_BKD = self._checked_latents(request)
         started = time.perf_counter()
         wants_gradient = request.gradient is not Gradient.NONE
-        try:
-            with self._adapter_off(), torch.set_grad_enabled(wants_gradient):
-                if latents_BKD is not None:
-                    latents_BKD.requires_grad_(wants_gradient)
-                media = [self._media if latents_BKD is not None else Media(0)] * len(request.questions)
-                rows = pack_questions(self.model, media, request.questions, cache_prefix=True)
-                encoded = time.perf_counter()
-                media_ID = None if latents_BKD is None else latents_BKD.flatten(0, 1)
-                scores = score_answers(self.model, rows, media_ID, prefix=self._prefix)
-                read = time.perf_counter()
-                latents_grad = None
-                if wants_gradient and latents_BKD is not None:
-                    objective = self._objective(request, scores)
-                    (latents_grad,) = torch.autograd.grad(objective, latents_BKD)
-        except torch.OutOfMemoryError as error:
-            raise AnchorCallError(
-                f"anchor {self.name}: out of GPU memory reading {len(request.questions)} images; lower "
-                "train.batch_images or data.questions_per_image, raise train.microbatches, or add replicas"
-            ) from error
+        with self._adapter_off(), self._memory_limit_named(request.questions), torch.set_grad_enabled(wants_gradient):
+            if latents_BKD is not None:
+                latents_BKD.requires_grad_(wants_gradient)
+            media = [self._media if latents_BKD is not None else Media(0)] * len(request.questions)
+            rows = pack_questions(self.model, media, request.questions, cache_prefix=True)
+            encoded = time.perf_counter()
+            media_ID = None if latents_BKD is None else latents_BKD.flatten(0, 1)
+            scores = score_answers(self.model, rows, media_ID, prefix=self._prefix)
+            read = time.perf_counter()
+            latents_grad = None
+            if wants_gradient and latents_BKD is not None:
+                (latents_grad,) = torch.autograd.grad(self._objective(request, scores), latents_BKD)
         timings = ReadTimings(encoded - started, read - encoded, time.perf_counter() - read)
         return self._reply(request.request_id, scores, latents_grad, timings)
 
@@ -111,11 +104,26 @@ class FrozenAnchor:
         self, request_id: str, images: Sequence[bytes], questions: Sequence[Sequence[Question]]
     ) -> ReadReply:
         """The same questions with the real images (encoded files) instead of latents: the ceiling."""
-        with self._adapter_off():
+        with self._adapter_off(), self._memory_limit_named(questions):
             tokens = self.model.image_tokens([decode_image(data) for data in images])
             rows = pack_questions(self.model, tokens.media, questions, cache_prefix=True)
             scores = score_answers(self.model, rows, torch.cat(tokens.tokens), tokens.deepstack, self._prefix)
         return self._reply(request_id, scores, None, ReadTimings())
+
+    @contextlib.contextmanager
+    def _memory_limit_named(self, questions: Sequence[Sequence[Question]]) -> Iterator[None]:
+        """Turns out of memory into an AnchorCallError that says what to lower."""
+        try:
+            yield
+        except RuntimeError as error:
+            # PyTorch has an error class for GPUs only; on the CPU the allocator's words tell.
+            if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+                raise
+            raise AnchorCallError(
+                f"anchor {self.name}: out of memory reading {len(questions)} images; lower train.batch_images or "
+                "data.questions_per_image (in evaluation evaluation.batch_images), raise train.microbatches, or add "
+                "replicas"
+            ) from error
 
     def _objective(self, request: ReadRequest, scores: AnswerScores) -> Tensor:
         """The scalar whose gradient the request wants: Σ_b NLL_b, or Σ weights · logprobs."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, Cache
 from transformers.utils import cached_file
@@ -181,8 +182,10 @@ def load_vlm(path: str, dtype: str = "float32", device: str = "cpu") -> VisionLa
     try:
         processor = load_processor(path)
         hf_model = AutoModelForImageTextToText.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa")
-    except (OSError, KeyError) as error:
-        raise ModelError(f"{path}: the model cannot be loaded ({_one_line(error)})") from error
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: the model cannot be loaded ({_one_line(error)}); if a file is damaged, copy or download it again"
+        ) from error
     return VisionLanguageModel(hf_model.to(device), processor, path)
 
 

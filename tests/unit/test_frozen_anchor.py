@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ import torch
 from anchor_service.frozen_anchor import FrozenAnchor, check_handshake
 from anchor_service.pool import AnchorPool
 from shared.config import Config, parse_config
-from shared.errors import AnchorCallError, DataError, HandshakeError
+from shared.errors import AnchorCallError, DataError, HandshakeError, ModelError
 from shared.messages import Gradient, Handshake, LatentPositions, Question, ReadRequest
 from shared.packing import Media
 from shared.reading import nll_per_image, pack_questions, score_answers
@@ -173,6 +178,54 @@ def test_requests_that_cannot_be_answered(tiny_model, questions):
         anchor.read(ReadRequest("r", [[Question("what?", "  ")]], make_latents(1)))
     with pytest.raises(HandshakeError, match=r"llava has no image grid; set pool\.latent_positions: text"):
         make_anchor(tiny_model("llava"), LatentPositions.GRID)
+
+
+READ_WITH_LITTLE_MEMORY = """
+import resource, sys
+import torch
+from anchor_service.frozen_anchor import FrozenAnchor
+from shared.errors import AnchorCallError
+from shared.messages import Gradient, LatentPositions, Question, ReadRequest
+from shared.vlm import load_vlm
+
+torch.set_num_threads(1)
+model = load_vlm(sys.argv[1]).freeze()
+anchor = FrozenAnchor("A", model, 4, LatentPositions.TEXT)
+
+def read(n_images):
+    questions = [[Question("is there a red square?", "no")] * 8] * n_images
+    return anchor.read(ReadRequest("r", questions, torch.zeros(n_images, 4, model.width), Gradient.FUSED))
+
+read(2)
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 64 * 2**20,) * 2)
+try:
+    read(4000)
+except AnchorCallError as error:
+    print(error)
+read(2)
+print("still reads")
+"""
+
+
+def test_out_of_memory_is_named_and_the_anchor_lives_on(tiny_folder):
+    """In a process of its own, whose address space is closed after the first read."""
+    command = [sys.executable, "-c", READ_WITH_LITTLE_MEMORY, tiny_folder("qwen2_5_vl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    message, after = done.stdout.splitlines()
+    assert re.match(
+        r"anchor A: out of memory reading 4000 images; lower train\.batch_images .* or add replicas$", message
+    )
+    assert after == "still reads"
+
+
+def test_damaged_weights_are_named(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder("llava"), tmp_path / "damaged")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"damaged: the model cannot be loaded \(.*\); if a file is damaged, copy"):
+        load_vlm(str(folder))
 
 
 def test_handshake(tiny_model, pictures):
