@@ -84,6 +84,25 @@ def test_gradients_reach_lora_and_token_rows_as_in_the_ordinary_forward(tiny_fol
         assert max_relative_error(gradient, reference) <= 1e-5
 
 
+def test_emit_makes_no_logits_and_keeps_no_hidden_states_beside_the_graph(tiny_folder, pictures):
+    """Neither the head nor a list of every layer's states runs: what the pass makes is what its graph needs."""
+    generator = make_generator(tiny_folder("qwen2_5_vl"))
+    tokens = generator.image_tokens_from(generator.model.image_inputs(pictures))
+    calls: list[dict[str, object]] = []
+    decoder, head = generator.model.decoder, generator.model.hf_model.get_output_embeddings()
+    hooks = [
+        decoder.register_forward_hook(
+            lambda module, args, kwargs, output: calls.append(dict(output)), with_kwargs=True
+        ),
+        head.register_forward_hook(lambda *_: pytest.fail("the generator must make no logits")),
+    ]
+    generator.emit(tokens)
+    for hook in hooks:
+        hook.remove()
+    (output,) = calls
+    assert set(output) == {"last_hidden_state"}
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_only_the_adapter_is_trainable(tiny_folder, family):
     generator = make_generator(tiny_folder(family))
