@@ -9,6 +9,7 @@ import contextlib
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -87,8 +88,10 @@ class FrozenAnchor:
         with self._adapter_off(), self._memory_limit_named(request.questions), torch.set_grad_enabled(wants_gradient):
             if latents_BKD is not None:
                 latents_BKD.requires_grad_(wants_gradient)
-            media = [self._media if latents_BKD is not None else Media(0)] * len(request.questions)
-            rows = pack_questions(self.model, media, request.questions, cache_prefix=True)
+            # Fewer latents than K take the first of their places.
+            media = Media(0) if latents_BKD is None else replace(self._media, length=latents_BKD.shape[1])
+            all_media = [media] * len(request.questions)
+            rows = pack_questions(self.model, all_media, request.questions, cache_prefix=True)
             encoded = time.perf_counter()
             media_ID = None if latents_BKD is None else latents_BKD.flatten(0, 1)
             scores = score_answers(self.model, rows, media_ID, prefix=self._prefix)
@@ -143,7 +146,10 @@ class FrozenAnchor:
             if request.gradient is not Gradient.NONE:
                 raise AnchorCallError(f"anchor {self.name}: no gradient without latents")
             return None
-        expected = (len(request.questions), self._media.length, self.model.width)
+        n_latents = self._media.length
+        if request.gradient is Gradient.NONE:
+            n_latents = min(n_latents, request.latents.shape[1])
+        expected = (len(request.questions), n_latents, self.model.width)
         if tuple(request.latents.shape) != expected:
             raise AnchorCallError(
                 f"anchor {self.name}: latents of shape {tuple(request.latents.shape)}, expected {expected} "

@@ -54,7 +54,8 @@ class Question:
 class ReadRequest:
     """Read `latents` in place of an image and say how probable each answer is.
 
-    latents: (B, K, D), detached and contiguous; None reads the questions without any image (the floor).
+    latents: (B, K, D), detached and contiguous; None reads the questions without any image (the floor). Without a
+        gradient, fewer than the anchor's K are allowed: they are its first ones.
     questions: B lists of Q_b ≥ 1 questions; Q_b may differ between images.
     token_weights: only for `Gradient.VJP`: per image and question, one weight for each answer token.
     count_end_of_turn: whether the end-of-turn token after an answer counts in its NLL.
