@@ -27,8 +27,14 @@ from shared.messages import (
     ReadRequest,
     ReadTimings,
 )
-from shared.packing import Media, latent_media, unpack
-from shared.reading import AnswerScores, mean_answer_weights, pack_questions, score_answers
+from shared.packing import Media, PackedRows, latent_media, unpack
+from shared.reading import (
+    AnswerScores,
+    mean_answer_weights,
+    pack_questions,
+    pack_questions_without_image,
+    score_answers,
+)
 from shared.vlm import CachedPrefix, VisionLanguageModel, load_vlm
 
 AdapterOff = Callable[[], contextlib.AbstractContextManager[object]]
@@ -88,13 +94,10 @@ class FrozenAnchor:
         with self._adapter_off(), self._memory_limit_named(request.questions), torch.set_grad_enabled(wants_gradient):
             if latents_BKD is not None:
                 latents_BKD.requires_grad_(wants_gradient)
-            # Fewer latents than K take the first of their places.
-            media = Media(0) if latents_BKD is None else replace(self._media, length=latents_BKD.shape[1])
-            all_media = [media] * len(request.questions)
-            rows = pack_questions(self.model, all_media, request.questions, cache_prefix=True)
+            rows, prefix = self._packed(request, latents_BKD)
             encoded = time.perf_counter()
             media_ID = None if latents_BKD is None else latents_BKD.flatten(0, 1)
-            scores = score_answers(self.model, rows, media_ID, prefix=self._prefix)
+            scores = score_answers(self.model, rows, media_ID, prefix=prefix)
             read = time.perf_counter()
             latents_grad = None
             if wants_gradient and latents_BKD is not None:
@@ -112,6 +115,14 @@ class FrozenAnchor:
             rows = pack_questions(self.model, tokens.media, questions, cache_prefix=True)
             scores = score_answers(self.model, rows, torch.cat(tokens.tokens), tokens.deepstack, self._prefix)
         return self._reply(request_id, scores, None, ReadTimings())
+
+    def _packed(self, request: ReadRequest, latents_BKD: Tensor | None) -> tuple[PackedRows, CachedPrefix | None]:
+        if not request.image_markers:
+            return pack_questions_without_image(self.model, request.questions), None
+        # Fewer latents than K take the first of their places.
+        media = Media(0) if latents_BKD is None else replace(self._media, length=latents_BKD.shape[1])
+        media_B = [media] * len(request.questions)
+        return pack_questions(self.model, media_B, request.questions, cache_prefix=True), self._prefix
 
     @contextlib.contextmanager
     def _memory_limit_named(self, questions: Sequence[Sequence[Question]]) -> Iterator[None]:
@@ -146,6 +157,8 @@ class FrozenAnchor:
             if request.gradient is not Gradient.NONE:
                 raise AnchorCallError(f"anchor {self.name}: no gradient without latents")
             return None
+        if not request.image_markers:
+            raise AnchorCallError(f"anchor {self.name}: latents have no place without the image's markers")
         n_latents = self._media.length
         if request.gradient is Gradient.NONE:
             n_latents = min(n_latents, request.latents.shape[1])

@@ -59,6 +59,7 @@ class ReadRequest:
     questions: B lists of Q_b ≥ 1 questions; Q_b may differ between images.
     token_weights: only for `Gradient.VJP`: per image and question, one weight for each answer token.
     count_end_of_turn: whether the end-of-turn token after an answer counts in its NLL.
+    image_markers: False takes the tokens around the image away as well; only without latents.
     """
 
     request_id: str
@@ -67,6 +68,7 @@ class ReadRequest:
     gradient: Gradient = Gradient.NONE
     token_weights: Sequence[Sequence[Sequence[float]]] | None = None
     count_end_of_turn: bool = True
+    image_markers: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ class VisionLanguageModel:
         self.image_token_id: int = config.image_token_id
         image_token = processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.prompt = Prompt(processor.tokenizer, processor.chat_template, self.family, image_token)
+        self.prompt_without_image = Prompt(processor.tokenizer, processor.chat_template, self.family, None)
 
     @property
     def device(self) -> torch.device:

@@ -188,6 +188,21 @@ def test_fewer_latents_are_the_first_ones(tiny_model, questions, positions):
         ]
 
 
+@torch.no_grad()
+def test_without_markers_is_a_conversation_without_image(tiny_model, questions):
+    model = tiny_model("qwen2_5_vl")
+    reply = make_anchor(model).read(ReadRequest("r", questions, None, image_markers=False))
+    for row, row_logprobs in zip(questions, reply.logprobs, strict=True):
+        (branches,) = model.prompt_without_image.branches([row])
+        for branch, logprobs in zip(branches, row_logprobs, strict=True):
+            ids = torch.tensor([[*model.prompt_without_image.prefix_ids, *branch.token_ids]])
+            logits_TV = model.hf_model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            expected = logits_TV.gather(1, ids[0, 1:, None])[-branch.n_answer :, 0]
+            assert max_relative_error(torch.tensor(logprobs), expected) <= 1e-5
+    floor = make_anchor(model).read(ReadRequest("r", questions, None))
+    assert floor.logprobs != reply.logprobs
+
+
 def test_requests_that_cannot_be_answered(tiny_model, questions):
     anchor = make_anchor(tiny_model("llava"))
     for shape in ((3, N_LATENTS + 1, WIDTH), (3, N_LATENTS, WIDTH // 2), (2, N_LATENTS, WIDTH)):
@@ -195,6 +210,8 @@ def test_requests_that_cannot_be_answered(tiny_model, questions):
             anchor.read(ReadRequest("r", questions, torch.zeros(shape)))
     with pytest.raises(AnchorCallError, match="no gradient without latents"):
         anchor.read(ReadRequest("r", questions, None, Gradient.FUSED))
+    with pytest.raises(AnchorCallError, match="no place without the image's markers"):
+        anchor.read(ReadRequest("r", questions, make_latents(3), image_markers=False))
     with pytest.raises(DataError, match="has no tokens"):
         anchor.read(ReadRequest("r", [[Question("what?", "  ")]], make_latents(1)))
     with pytest.raises(HandshakeError, match=r"llava has no image grid; set pool\.latent_positions: text"):
