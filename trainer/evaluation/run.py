@@ -15,7 +15,7 @@ from shared.config import Config, load_config
 from shared.errors import CheckpointError, ConfigError
 from trainer.checkpoint import CheckpointStore
 from trainer.data import load_records
-from trainer.evaluation.reading import CONDITIONS, read_all, summarise
+from trainer.evaluation.reading import CONDITIONS, N_SWAPS, Reader, latents_of, of_anchor, read_conditions, summarise
 from trainer.generator import Generator
 
 EVALUATION_FILE = "evaluation.json"
@@ -41,8 +41,11 @@ def evaluate_run(config: Config, console: Console) -> dict[str, Any]:
         AnchorPool.start(config, generator.handshake(), shared_base, config.all_anchors) as pool,
         Progress(console=console, disable=not console.is_terminal) as bar,
     ):
-        task = bar.add_task("evaluate", total=len(records))
-        tables = read_all(generator, pool, records, config, lambda done, _: bar.update(task, completed=done))
+        n_readings = len(CONDITIONS) - 1 + N_SWAPS
+        task = bar.add_task("evaluate", total=n_readings * len(records))
+        reader = Reader(pool, records, config, lambda n_images: bar.advance(task, n_images))
+        latents_BKD = latents_of(generator, records, config.evaluation.batch_images)
+        conditions = read_conditions(reader, latents_BKD, config.train.seed)
     unseen = {anchor.name for anchor in config.evaluation.unseen}
     result = {
         "checkpoint": checkpoint.folder.name,
@@ -51,8 +54,8 @@ def evaluate_run(config: Config, console: Console) -> dict[str, Any]:
         "images": len(records),
         "seed": config.train.seed,
         "anchors": {
-            name: {"seen_in_training": name not in unseen, **summarise(table, len(records), config)}
-            for name, table in tables.items()
+            name: {"seen_in_training": name not in unseen, **summarise(of_anchor(conditions, name), reader, config)}
+            for name in conditions["latents"]
         },
     }
     temporary = config.run.dir / f".{EVALUATION_FILE}.partial"
