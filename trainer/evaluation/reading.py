@@ -13,11 +13,14 @@ Legend: B images, K latents, D width, N questions of all images together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from anchor_service.pool import AnchorPool
@@ -29,6 +32,7 @@ from trainer.data.sampling import derangement
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
 from trainer.generator import Generator
 
+Item = TypeVar("Item")
 CONDITIONS = ("ceiling", "latents", "swapped", "floor")
 N_SWAPS = 4
 """Other images whose latents each question is answered from: with one, chance alone moves the mean by a point."""
@@ -115,12 +119,25 @@ class Reader:
 @torch.no_grad()
 def latents_of(generator: Generator, records: Sequence[Record], batch_images: int) -> Tensor:
     """(B, K, D) latents of all records, in evaluation mode."""
+    return latents_of_images(generator, (record.load_image() for record in records), batch_images)
+
+
+@torch.no_grad()
+def latents_of_images(generator: Generator, images: Iterable[Image.Image], batch_images: int) -> Tensor:
+    """(B, K, D) latents of images, in evaluation mode; no more than a batch of them is held at a time."""
     generator.train(False)
     latents = []
-    for here in _slices(len(records), batch_images):
-        inputs = generator.model.image_inputs([record.load_image() for record in records[here]])
+    for batch in batched(images, batch_images):
+        inputs = generator.model.image_inputs(batch)
         latents.append(generator.emit(generator.image_tokens_from(inputs)))
     return torch.cat(latents)
+
+
+def batched(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
+    """Lists of n items, the last one perhaps shorter."""
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, n)):
+        yield batch
 
 
 def mean_nll(generator: Generator, pool: AnchorPool, records: Sequence[Record], config: Config) -> dict[str, float]:
