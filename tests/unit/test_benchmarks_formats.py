@@ -394,6 +394,7 @@ def write_vsp(root: Path) -> None:
     write_text(maze / "task3/maps/level3/question/0.txt", TABLES)
     write_text(maze / "task3/maps/level3/answer/0.txt", "7-12\n3-4\n5-62\n3-1\n1")
     write_image(maze / "task4/maps/level_step1/img/0.png", 2)
+    write_text(maze / "task4/maps/level_step1/img/.DS_Store", "")
     write_text(maze / "task4/maps/level_step1/question/0.txt", "RU")
     write_text(maze / "task4/maps/level_step1/answer/0.txt", "Y")
     for task, level in (("task1", 3), ("task2", 3), ("task3", 3), ("task4", 1)):
@@ -429,6 +430,7 @@ def test_vsp(tmp_path):
         "blocks/task4": "no",
     }
     assert reds(records["blocks/task-main"]) == [4, 5]
+    assert records["blocks/task-main"].answer == "move(r,table,0) move(p,y,1)"
     assert "right, up" in records["maze/task4"].question
     assert records["maze/task2"].candidates[:2] == ("above", "below")
     responses = {
@@ -448,6 +450,23 @@ def test_vsp(tmp_path):
     assert {task for task, value in result["scores"]["by_task"].items() if value == 0} == {"maze/task2", "maze/task4"}
     assert result["scores"]["accuracy"] == 0.8
     assert result["scores"]["by_task_level"]["maze/task4/level_step1"] == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("maze/task3/maps/level3/answer/0.txt", "", "answer '' is none of 2 options"),
+        ("maze/task1/maps/level3/answer/0.txt", "maybe", "'maybe' is neither Y nor N"),
+        ("maze/task2/maps/level3/pure_text/0.txt", "This is a 3x3 map.", "no size, player and goal"),
+        ("blocks/task1/maps/level3/annotation.txt", "", "has 0 lines and none for this image"),
+        ("blocks/task-main/maps/level1/info.txt", "Y00000\tx\n", "2 fields for this image, not 6"),
+    ],
+)
+def test_damaged_vsp_files_are_named(tmp_path, file, content, message):
+    write_vsp(tmp_path)
+    write_text(tmp_path / file, content)
+    with pytest.raises(DataError, match=message):
+        load_benchmark("vsp", tmp_path)
 
 
 @pytest.mark.parametrize(

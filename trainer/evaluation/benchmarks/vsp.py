@@ -48,7 +48,8 @@ def vsp_rows(folder: Path) -> Iterator[Row]:
     found = False
     for task, images in _TASKS.items():
         for level in sorted((folder / task / "maps").glob("level*")):
-            for image in sorted((level / images).glob("*.*"), key=lambda path: (len(path.stem), path.stem)):
+            numbered = [path for path in (level / images).glob("*.*") if path.stem.isdecimal()]
+            for image in sorted(numbered, key=lambda path: int(path.stem)):
                 found = True
                 yield Row({"task": task, "level": level, "number": image.stem, "image": image}, str(image))
     if not found:
@@ -75,16 +76,16 @@ def vsp(row: Row, folder: Path) -> Iterator[BenchmarkRecord]:
         stem = "Which table shows the maze? @ is the player, * the goal, # a hole, _ safe ground."
         _, choices = split_options(row, read_text(level / f"question/{number}.txt"), r"\(@\)")
         question, kind = lettered(stem, choices), "letter"
-        answer = _letter(row, read_text(level / f"answer/{number}.txt").split()[-1], choices)
+        answer = _letter(row, read_text(level / f"answer/{number}.txt").rpartition("\n")[2], choices)
     elif task == "maze/task4":
         moves = ", ".join(_WORDS.get(move, move) for move in read_text(level / f"question/{number}.txt").strip())
         question, kind, choices = f"Does the player avoid all holes with these moves: {moves}?", "yes_no", ("yes", "no")
         answer = _polarity(row, read_text(level / f"answer/{number}.txt"))
     elif task == "blocks/task-main":
         fields = _line(row, level / "info.txt", number).split("\t")
-        if len(fields) < 5:
-            raise row.error(f"info.txt has {len(fields)} fields for this image, not 5", "copy the file again")
-        details, kind, answer = {"begin": _stacks(fields[0]), "end": _stacks(fields[2])}, "block_plan", fields[4]
+        if len(fields) != 6:
+            raise row.error(f"info.txt has {len(fields)} fields for this image, not 6", "copy the file again")
+        details, kind, answer = {"begin": _stacks(fields[0]), "end": _stacks(fields[2])}, "block_plan", fields[5]
         images.append(level / f"output_img/{images[0].name}")
         question = "The images show stacks of blocks at the beginning and at the end. Which moves lead there?"
     else:
