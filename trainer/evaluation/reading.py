@@ -52,6 +52,10 @@ class Outcome:
     nll_N: np.ndarray
     first_token_nll_N: np.ndarray
 
+    def select(self, chosen_N: np.ndarray) -> Outcome:
+        """Some of the questions."""
+        return Outcome(self.hits_N[chosen_N], self.nll_N[chosen_N], self.first_token_nll_N[chosen_N])
+
 
 Outcomes = dict[str, Outcome]
 """By anchor."""
