@@ -14,7 +14,7 @@ from shared.errors import AnchorLostError
 from shared.messages import ReadReply, ReadRequest
 from trainer.data.records import KindQuestion, Record
 from trainer.evaluation.reading import CONDITIONS, Outcome, Reader, mean_outcomes, summarise
-from trainer.evaluation.statistics import ImageBootstrap, recovered_share
+from trainer.evaluation.statistics import ImageBootstrap, over_seeds, recovered_share
 
 
 def test_the_interval_of_a_mean_is_the_normal_ones():
@@ -55,6 +55,20 @@ def test_resamples_are_paired_and_repeatable():
     assert (difference.low, difference.high) == pytest.approx((0.25, 0.25))
     assert ImageBootstrap(50, 500, seed=3).mean(base, ones) == bootstrap.mean(base, ones)
     assert ImageBootstrap(50, 500, seed=5).mean(base, ones) != bootstrap.mean(base, ones)
+
+
+def test_values_of_questions_are_summed_by_image():
+    sums, counts = ImageBootstrap(4, 100, 0).per_image(np.array([0, 2, 0, 1]), np.array([1.0, 0.5, 3.0, -2.0]))
+    assert (sums.tolist(), counts.tolist()) == ([4.0, -2.0, 0.5, 0.0], [2.0, 1.0, 1.0, 0.0])
+
+
+def test_the_interval_over_seeds_is_students():
+    """t(0.975) for 2 degrees of freedom is 4.303, for 1 it is 12.706."""
+    three = over_seeds([1.0, 2.0, 6.0])
+    half = 4.302653 * math.sqrt(7.0) / math.sqrt(3)
+    assert (three.value, three.low, three.high, three.n) == pytest.approx((3.0, 3 - half, 3 + half, 3))
+    assert over_seeds([1.0, 3.0]).high == pytest.approx(2 + 12.706205 * math.sqrt(2) / math.sqrt(2))
+    assert over_seeds([0.5]).to_json() == {"value": 0.5, "low": None, "high": None, "n": 1}
 
 
 def test_recovered_share():

@@ -86,9 +86,7 @@ def _section(suite: str) -> str:
     return _SECTIONS.get(suite, suite)
 
 
-def _header(
-    config: Config, checkpoint: Checkpoint, n_images: int, anchors: Sequence[AnchorConfig]
-) -> dict[str, Any]:
+def _header(config: Config, checkpoint: Checkpoint, n_images: int, anchors: Sequence[AnchorConfig]) -> dict[str, Any]:
     """What the figures of all sections belong to."""
     return {
         "checkpoint": checkpoint.folder.name,

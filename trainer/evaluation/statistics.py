@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,5 +77,5 @@ def over_seeds(values: Sequence[float]) -> Figure:
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return Figure(mean, math.nan, math.nan, n)
-    half = float(student_t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Figure(mean, mean - half, mean + half, n)

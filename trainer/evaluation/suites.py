@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from anchor_service.pool import AnchorPool
@@ -31,7 +30,7 @@ from shared.reading import pack_questions
 from trainer.data.records import Record
 from trainer.evaluation import geometry
 from trainer.evaluation.causal import CausalTest, causal_tests
-from trainer.evaluation.perturbations import PERTURBATIONS, mismatched
+from trainer.evaluation.perturbations import mismatched, perturbations
 from trainer.evaluation.pgd import adversarial_latents
 from trainer.evaluation.probe import linear_probes
 from trainer.evaluation.reading import (
@@ -146,7 +145,7 @@ def causal_suite(s: Session) -> dict[str, Any]:
 
 def controls_suite(s: Session) -> dict[str, Any]:
     """By anchor: what other images in front of the generator do to the answers about the right one."""
-    names = ["other_image", *PERTURBATIONS, "pgd"]
+    names = ["other_image", *perturbations(s.config.train.seed), "pgd"]
     outcomes = {name: s.reader.latents(_control_latents(s, name)) for name in s.track(names, "controls", len(names))}
     return {
         anchor: {name: _against_latents(s, by_anchor, anchor) for name, by_anchor in outcomes.items()}
@@ -158,11 +157,11 @@ def geometry_suite(s: Session) -> dict[str, Any]:
     """Figures of the latents themselves, and per anchor what each slot is worth to it."""
     latents_BKD = s.latents_BKD.float().cpu()
     per_image = {
-        "slot_cosine": geometry.slot_cosine_B(latents_BKD),
-        "between_image_cosine": geometry.between_image_cosine_BK(latents_BKD).mean(dim=1),
-        "effective_rank": geometry.effective_rank_B(latents_BKD),
-        "relative_norm": geometry.relative_norm_BK(latents_BKD, s.visual_ND.cpu()).mean(dim=1),
-        "visual_cosine": geometry.visual_cosine_BK(latents_BKD, s.pooled_BKD.cpu()).mean(dim=1),
+        "slot_cosine": geometry.slot_cosine(latents_BKD),
+        "between_image_cosine": geometry.between_image_cosine(latents_BKD).mean(dim=1),
+        "effective_rank": geometry.effective_rank(latents_BKD),
+        "relative_norm": geometry.relative_norm(latents_BKD, s.visual_ND.cpu()).mean(dim=1),
+        "visual_cosine": geometry.visual_cosine(latents_BKD, s.pooled_BKD.cpu()).mean(dim=1),
     }
     ones_B = np.ones(len(s.records))
     units_BKD = torch.nn.functional.normalize(latents_BKD, dim=-1)
@@ -194,8 +193,7 @@ def _control_latents(s: Session, name: str) -> Tensor:
         # The first question's answer stands for the image's: another picture for which it would be wrong.
         answers_B = [record.questions[0].answer for record in s.records]
         return s.latents_BKD[torch.from_numpy(mismatched(answers_B, seed))]
-    change = PERTURBATIONS[name]
-    images: Iterator[Image.Image] = (change(r.load_image(), [seed, i]) for i, r in enumerate(s.records))
+    images = (perturbations([seed, i])[name](record.load_image()) for i, record in enumerate(s.records))
     return latents_of_images(s.generator, images, batch_images)
 
 
@@ -233,13 +231,13 @@ def _slot_figures(s: Session) -> dict[str, Any]:
         alone_KN = np.stack([outcomes[name][anchor].nll_N for name in names[1:]])
 
         def worth(nll_N: np.ndarray, nothing_N: np.ndarray = nothing_N) -> dict[str, Any]:
-            utility_N = geometry.utility_N(nll_N, nothing_N)
+            utility_N = geometry.utility(nll_N, nothing_N)
             return s.bootstrap.mean(*s.bootstrap.per_image(s.reader.images_N, utility_N)).to_json()
 
         section[anchor] = {
             "utility": worth(s.conditions["latents"][anchor].nll_N),
             "utility_alone": [worth(nll_N) for nll_N in alone_KN],
-            "helpful_slots": geometry.n_helpful_slots(alone_KN, nothing_N),
+            "helpful_slots": geometry.helpful_slots(alone_KN, nothing_N),
         }
     return section
 

@@ -56,13 +56,17 @@ def print_causal(result: dict[str, Any], console: Console) -> None:
     for name, figures in section.items():
         lost = ", ".join(f"{test} {_short(share)}" for test, share in figures["lost_share"].items())
         console.print(f"anchor {name}: latents are [bold]{figures['verdict']}[/bold] (share lost to {lost})")
-    _print_tests("Causal tests: accuracy, change in accuracy, change in NLL, share of answers that flip", section, console)
+    _print_tests(
+        "Causal tests: accuracy, change in accuracy, change in NLL, share of answers that flip", section, console
+    )
 
 
 def print_controls(result: dict[str, Any], console: Console) -> None:
     """What disturbed images cost, by anchor."""
     tests = {name: {"tests": controls} for name, controls in result["controls"].items()}
-    _print_tests("Image controls: accuracy, change in accuracy, change in NLL, share of answers that flip", tests, console)
+    _print_tests(
+        "Image controls: accuracy, change in accuracy, change in NLL, share of answers that flip", tests, console
+    )
 
 
 def print_geometry(result: dict[str, Any], console: Console) -> None:
@@ -82,7 +86,7 @@ def print_geometry(result: dict[str, Any], console: Console) -> None:
 
 
 def _print_tests(title: str, section: dict[str, Any], console: Console) -> None:
-    table = Table(title=title)
+    table = Table(title=f"{title}: accuracy, change in accuracy, change in NLL, share of answers that flip")
     table.add_column("test")
     for name in section:
         table.add_column(name, justify="right")
