@@ -56,17 +56,13 @@ def print_causal(result: dict[str, Any], console: Console) -> None:
     for name, figures in section.items():
         lost = ", ".join(f"{test} {_short(share)}" for test, share in figures["lost_share"].items())
         console.print(f"anchor {name}: latents are [bold]{figures['verdict']}[/bold] (share lost to {lost})")
-    _print_tests(
-        "Causal tests: accuracy, change in accuracy, change in NLL, share of answers that flip", section, console
-    )
+    _print_tests("Causal tests", section, console)
 
 
 def print_controls(result: dict[str, Any], console: Console) -> None:
     """What disturbed images cost, by anchor."""
     tests = {name: {"tests": controls} for name, controls in result["controls"].items()}
-    _print_tests(
-        "Image controls: accuracy, change in accuracy, change in NLL, share of answers that flip", tests, console
-    )
+    _print_tests("Image controls", tests, console)
 
 
 def print_geometry(result: dict[str, Any], console: Console) -> None:
@@ -86,16 +82,16 @@ def print_geometry(result: dict[str, Any], console: Console) -> None:
 
 
 def _print_tests(title: str, section: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"{title}: accuracy, change in accuracy, change in NLL, share of answers that flip")
+    table = Table(title=f"{title}: accuracy, its change, change in NLL (nats)")
     table.add_column("test")
     for name in section:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for test in next(iter(section.values()))["tests"]:
         cells = []
         for figures in section.values():
             f = figures["tests"][test]
-            values = ("accuracy", "delta_accuracy", "delta_nll", "flip_share")
-            cells.append("  ".join(_short(f[value], signed="delta" in value) for value in values))
+            changes = f"{_short(f['delta_accuracy'], signed=True)}  {_short(f['delta_nll'], signed=True)}"
+            cells.append(f"{_short(f['accuracy'])}  {changes}")
         table.add_row(test, *cells)
     console.print(table)
 
