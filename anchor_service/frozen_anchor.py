@@ -35,7 +35,7 @@ from shared.reading import (
     pack_questions_without_image,
     score_answers,
 )
-from shared.vlm import CachedPrefix, VisionLanguageModel, load_vlm
+from shared.vlm import CachedPrefix, VisionLanguageModel, load_vlm, pooled_image_tokens
 
 AdapterOff = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -115,6 +115,12 @@ class FrozenAnchor:
             rows = pack_questions(self.model, tokens.media, questions, cache_prefix=True)
             scores = score_answers(self.model, rows, torch.cat(tokens.tokens), tokens.deepstack, self._prefix)
         return self._reply(request_id, scores, None, ReadTimings())
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int]) -> Tensor:
+        """(B, C, D) float32 visual tokens of images (encoded files), pooled into a grid of C = rows × columns."""
+        with self._adapter_off():
+            return pooled_image_tokens(self.model.image_tokens([decode_image(data) for data in images]), grid).cpu()
 
     def _packed(self, request: ReadRequest, latents_BKD: Tensor | None) -> tuple[PackedRows, CachedPrefix | None]:
         if not request.image_markers:

@@ -85,6 +85,14 @@ class AnchorConfig(Section):
         return self
 
 
+class TransferConfig(AnchorConfig):
+    """A reader of any family and width, for evaluation alone: latents reach it through a closed-form projector."""
+
+    tokens: int = Field(
+        ge=1, description="Tokens that stand for an image there; K times a square, best as many as its own."
+    )
+
+
 class PoolConfig(Section):
     """How anchors are called."""
 
@@ -170,6 +178,7 @@ class EvaluationConfig(Section):
     images: int = Field(500, ge=2, description="First n images of the test split.")
     batch_images: int = Field(32, ge=1)
     unseen: tuple[AnchorConfig, ...] = Field((), description="Anchors that training never used.")
+    transfer: tuple[TransferConfig, ...] = Field((), description="Readers of other families, for --suite transfer.")
     bootstrap_samples: int = Field(1000, ge=100)
 
 
@@ -196,13 +205,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        names = [anchor.name for anchor in self.all_anchors]
+        names = [anchor.name for anchor in (*self.all_anchors, *self.evaluation.transfer)]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"anchors: the name {name!r} is used twice; give every anchor a name of its own")
-        if any(anchor.placement == "shared_base" for anchor in self.evaluation.unseen):
+        if any(a.placement == "shared_base" for a in (*self.evaluation.unseen, *self.evaluation.transfer)):
             raise ValueError("evaluation.unseen: an unseen anchor cannot be shared_base; use ray or local")
         k = self.generator.latents
+        for reader in self.evaluation.transfer:
+            if reader.tokens % k or math.isqrt(reader.tokens // k) ** 2 != reader.tokens // k:
+                raise ValueError(
+                    f"evaluation.transfer: {reader.name} has tokens {reader.tokens}, not generator.latents ({k}) times "
+                    f"a square; use {k} or {4 * k}"
+                )
         if self.pool.latent_positions is LatentPositions.GRID and math.isqrt(k) ** 2 != k:
             raise ValueError(
                 f"pool.latent_positions: grid needs a square generator.latents, got {k}; "

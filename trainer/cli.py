@@ -72,6 +72,7 @@ class Suite(enum.StrEnum):
     CAUSAL = "causal"
     CONTROLS = "controls"
     GEOMETRY = "geometry"
+    TRANSFER = "transfer"
     ALL = "all"
 
 
@@ -87,6 +88,7 @@ def evaluate(
     reading: ceiling (real image), latents, latents of another image, no latents; for anchors of training and unseen
     ones, in all and per kind of question. causal: the latents' content is zeroed, replaced by noise, swapped, cut;
     with a verdict. controls: the image is replaced or disturbed. geometry: how the latents lie, slot by slot.
+    transfer: readers of another family, through a projector fitted on training images (evaluation.transfer).
     All with 95 % intervals over images. Writes RUN/evaluation.json; goes on where it was interrupted.
 
     Examples:
@@ -104,7 +106,7 @@ def evaluate(
     suites = [s.value for s in Suite if s is not Suite.ALL] if suite is Suite.ALL else [suite.value]
     names = [name for name in anchors.split(",") if name]
     prepare_data(config.data, console)
-    with ray_if_needed(config, chosen_anchors(config, names)):
+    with ray_if_needed(config, (*chosen_anchors(config, names), *config.evaluation.transfer)):
         evaluate_run(config, console, suites, names)
 
 

@@ -35,7 +35,7 @@ def causal_tests(n_latents: int, visual_ND: Tensor, pooled_BKD: Tensor, seed: in
     """Every test by name, for latents of the images that `pooled_BKD` was pooled from.
 
     visual_ND: visual embeddings of many images, as the generator's language model reads them.
-    pooled_BKD: those of each image, pooled to K (`trainer.losses.pooled_image_tokens`).
+    pooled_BKD: those of each image, pooled to K (`shared.vlm.pooled_image_tokens`).
     Lengths of `truncate` are the powers of two below K. A single slot has no derangement, so K = 1 leaves
     permute_slots out.
     """

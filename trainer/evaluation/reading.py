@@ -152,16 +152,17 @@ def mean_nll(generator: Generator, pool: AnchorPool, records: Sequence[Record], 
     return {name: float(np.mean(np.bincount(reader.images_N, o.nll_N) / counts_B)) for name, o in outcomes.items()}
 
 
-def read_conditions(reader: Reader, latents_BKD: Tensor, seed: int) -> dict[str, Outcomes]:
-    """Every question under every condition of CONDITIONS, by condition and anchor."""
+def read_bounds(reader: Reader) -> dict[str, Outcomes]:
+    """Ceiling and floor: they do not depend on any latents."""
+    return {"ceiling": reader.images(), "floor": reader.nothing()}
+
+
+def read_latents(reader: Reader, latents_BKD: Tensor, seed: int) -> dict[str, Outcomes]:
+    """The latents of each image, and those of others."""
     # At random, not from the neighbour: data sets balance answers in order, so neighbours are not independent.
     others = [torch.from_numpy(derangement(len(latents_BKD), seed + i)) for i in range(N_SWAPS)]
-    return {
-        "ceiling": reader.images(),
-        "latents": reader.latents(latents_BKD),
-        "swapped": mean_outcomes([reader.latents(latents_BKD[other]) for other in others]),
-        "floor": reader.nothing(),
-    }
+    swapped = mean_outcomes([reader.latents(latents_BKD[other]) for other in others])
+    return {"latents": reader.latents(latents_BKD), "swapped": swapped}
 
 
 def mean_outcomes(readings: Sequence[Outcomes]) -> Outcomes:

@@ -4,6 +4,7 @@
     causal     the content of the latents is swapped, everything else stays; a verdict by stated rules
     controls   the image is replaced or disturbed before the generator sees it
     geometry   how the latents lie, what each slot is worth, what a linear probe reads from them
+    transfer   readers of another family and width, through a closed-form projector
 
 Figures of causal and controls are over the kinds of question that were trained on, as in the headline of reading.
 
@@ -27,6 +28,8 @@ from shared.errors import DataError
 from shared.messages import LatentPositions, Question
 from shared.packing import latent_media
 from shared.reading import pack_questions
+from shared.vlm import nearly_square, pooled_image_tokens
+from trainer.data import training_records
 from trainer.data.records import Record
 from trainer.evaluation import geometry
 from trainer.evaluation.causal import CausalTest, causal_tests
@@ -40,13 +43,14 @@ from trainer.evaluation.reading import (
     latents_of,
     latents_of_images,
     of_anchor,
-    read_conditions,
+    read_bounds,
+    read_latents,
     summarise,
 )
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
+from trainer.evaluation.transfer import FIT_IMAGES, read_through_projectors
 from trainer.evaluation.verdict import VERDICT_TESTS, lost_share, paired_differences, verdict
 from trainer.generator import Generator
-from trainer.losses import pooled_image_tokens
 
 Track = Callable[[Iterable[str], str, int], Iterable[str]]
 """Iterates with a progress bar: names, of what, how many."""
@@ -75,17 +79,17 @@ class Session:
 
     @cached_property
     def conditions(self) -> dict[str, Outcomes]:
-        return read_conditions(self.reader, self.latents_BKD, self.config.train.seed)
+        return read_bounds(self.reader) | read_latents(self.reader, self.latents_BKD, self.config.train.seed)
 
     @cached_property
     def pooled_BKD(self) -> Tensor:
         """The images' own visual tokens, pooled to K."""
-        return torch.cat([pooled for pooled, _ in self._visual_tokens(self.records)])
+        return torch.cat([pooled for pooled, _ in self.visual_tokens(self.records)])
 
     @cached_property
     def visual_ND(self) -> Tensor:
         """Visual tokens of the first images, as they are."""
-        return torch.cat([tokens for _, tokens in self._visual_tokens(self.records[:_VISUAL_IMAGES])])
+        return torch.cat([tokens for _, tokens in self.visual_tokens(self.records[:_VISUAL_IMAGES])])
 
     @cached_property
     def bootstrap(self) -> ImageBootstrap:
@@ -113,11 +117,12 @@ class Session:
         return ~np.isin(self.reader.kinds_N, self.config.data.held_out_kinds)
 
     @torch.no_grad()
-    def _visual_tokens(self, records: list[Record]) -> Iterator[tuple[Tensor, Tensor]]:
+    def visual_tokens(self, records: list[Record]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch: visual tokens pooled to K (B, K, D), and as they are (N, D)."""
         for chunk in batched(records, self.config.evaluation.batch_images):
             inputs = self.generator.model.image_inputs([record.load_image() for record in chunk])
             tokens = self.generator.image_tokens_from(inputs)
-            yield pooled_image_tokens(tokens, self.generator.n_latents), torch.cat(tokens.tokens)
+            yield pooled_image_tokens(tokens, nearly_square(self.generator.n_latents)), torch.cat(tokens.tokens)
 
 
 def reading_suite(s: Session) -> dict[str, Any]:
@@ -177,11 +182,26 @@ def geometry_suite(s: Session) -> dict[str, Any]:
     }
 
 
+def transfer_suite(s: Session) -> dict[str, Any]:
+    """By reader of another family: the latents through closed-form projectors fitted on training images."""
+    fit_records = training_records(s.config.data, s.config.train.seed)[:FIT_IMAGES]
+    fit_sources = {
+        "visual_tokens": torch.cat([pooled for pooled, _ in s.visual_tokens(fit_records)]),
+        "latents": latents_of(s.generator, fit_records, s.config.evaluation.batch_images),
+    }
+    readers = {reader.name: reader for reader in s.config.evaluation.transfer}
+    return {
+        name: read_through_projectors(s.config, readers[name], s.records, s.latents_BKD, fit_records, fit_sources)
+        for name in s.track(readers, "transfer", len(readers))
+    }
+
+
 SUITES: dict[str, Callable[[Session], dict[str, Any]]] = {
     "reading": reading_suite,
     "causal": causal_suite,
     "controls": controls_suite,
     "geometry": geometry_suite,
+    "transfer": transfer_suite,
 }
 
 

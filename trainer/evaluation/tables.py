@@ -18,6 +18,7 @@ def print_tables(result: dict[str, Any], sections: Sequence[str], console: Conso
         "causal": print_causal,
         "controls": print_controls,
         "geometry": print_geometry,
+        "transfer": print_transfer,
     }
     for section in sections:
         printers[section](result, console)
@@ -78,6 +79,18 @@ def print_geometry(result: dict[str, Any], console: Console) -> None:
     if section["probes"]:
         for name in ("latents", "answer_state", "gap"):
             table.add_row(f"linear probe, {name.replace('_', ' ')}", _cell(section["probes"][name]))
+    console.print(table)
+
+
+def print_transfer(result: dict[str, Any], console: Console) -> None:
+    """Readers of other families, through every projector."""
+    table = Table(title="Readers of another family, through a closed-form projector (95 % interval)")
+    for column in ("reader", *CONDITIONS, "recovered share"):
+        table.add_column(column, justify="left" if column == "reader" else "right")
+    for name, projectors in result["transfer"].items():
+        for projector, figures in projectors.items():
+            cells = (_cell(figures[c]) for c in (*CONDITIONS, "recovered_share"))
+            table.add_row(f"{name}: {projector.replace('_', ' ')}", *cells)
     console.print(table)
 
 
