@@ -53,7 +53,8 @@ def test_latents_that_are_a_linear_image_of_the_readers_tokens_are_read_as_the_i
     for i in range(N_IMAGES * 40):
         pixels = torch.randint(0, 255, (48, 48, 3), generator=noise, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
-        questions = (KindQuestion("any", "what color is the square?", "red"), KindQuestion("any", "how many?", "4"))
+        shape = ("square", "circle", "triangle")[i % 3]
+        questions = (KindQuestion("any", f"what color is the {shape}?", ("red", "blue")[i % 2]),)
         records.append(Record(str(i), "test", tmp_path / f"{i}.png", questions))
     tokens = reader.image_tokens([record.load_image() for record in records])
     n_tokens = len(tokens.tokens[0])
