@@ -60,3 +60,37 @@ def input_gradient_flops(size: DecoderSize, n_rows: int, n_tokens: int, n_keys: 
 def head_flops(size: DecoderSize, n_predictions: int) -> int:
     """Logits of so many hidden states; as many again for the gradient of those states."""
     return 2 * n_predictions * size.width * size.vocabulary
+
+
+def lora_forward_flops(n_weights: int, n_tokens: int) -> int:
+    """The two small products beside each adapted layer; n_weights: of all LoRA matrices together."""
+    return 2 * n_weights * n_tokens
+
+
+def lora_backward_flops(n_weights: int, n_tokens: int) -> int:
+    """Gradients of those weights and of what went in."""
+    return 4 * n_weights * n_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TowerSize:
+    """A vision tower at one image size.
+
+    patches, tokens: per image, before and after neighbours are merged. patch_weights, token_weights: of the layers
+    that run once per patch and once per token. width: of attention. keys: of each layer, what a patch is compared
+    with (its window or the image).
+    """
+
+    patches: int
+    tokens: int
+    patch_weights: int
+    token_weights: int
+    width: int
+    keys: tuple[int, ...]
+
+
+def tower_flops(size: TowerSize, n_images: int) -> int:
+    """One pass of the images through the tower and its projection."""
+    linear = 2 * (size.patches * size.patch_weights + size.tokens * size.token_weights)
+    attention = 4 * size.patches * size.width * sum(size.keys)
+    return n_images * (linear + attention)
