@@ -1,4 +1,4 @@
-"""How many floating point operations a decoder's pass takes, counted from its config alone.
+"""How many floating point operations a pass of a decoder, its LoRA or a vision tower takes, from their sizes alone.
 
 A multiplication with an addition counts as two operations. Norms, activations, softmax and rotary embeddings are
 left out: they are a percent or less of a model of useful width. Attention is counted as it is computed, over every
@@ -77,8 +77,8 @@ class TowerSize:
     """A vision tower at one image size.
 
     patches, tokens: per image, before and after neighbours are merged. patch_weights, token_weights: of the layers
-    that run once per patch and once per token. width: of attention. keys: of each layer, what a patch is compared
-    with (its window or the image).
+    that run once per patch and once per token. width: of attention. pairs: of a patch and one that it is compared
+    with (in its window or the image), of all layers together.
     """
 
     patches: int
@@ -86,11 +86,11 @@ class TowerSize:
     patch_weights: int
     token_weights: int
     width: int
-    keys: tuple[int, ...]
+    pairs: int
 
 
 def tower_flops(size: TowerSize, n_images: int) -> int:
     """One pass of the images through the tower and its projection."""
     linear = 2 * (size.patches * size.patch_weights + size.tokens * size.token_weights)
-    attention = 4 * size.patches * size.width * sum(size.keys)
+    attention = 4 * size.width * size.pairs
     return n_images * (linear + attention)

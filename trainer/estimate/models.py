@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,7 +67,6 @@ def lora_parameters(facts: ModelFacts, lora: LoraConfig) -> int:
 
 def _tower_size(config: Any, model: nn.Module, decoder_name: str, image_px: tuple[int, int]) -> TowerSize:
     vision = config.vision_config
-    tokens, patches_per_token = _image_tokens(config, image_px)
     per_patch = per_token = 0
     for name, module in model.named_modules():
         if f".{decoder_name}." in name or not isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
@@ -76,23 +75,36 @@ def _tower_size(config: Any, model: nn.Module, decoder_name: str, image_px: tupl
             per_token += module.weight.numel()
         elif name != "lm_head":
             per_patch += module.weight.numel()
-    patches = tokens * patches_per_token
-    keys = [patches] * (getattr(vision, "depth", None) or vision.num_hidden_layers)
-    if hasattr(vision, "fullatt_block_indexes"):  # Qwen2.5-VL: the other layers look at square windows
-        window = (vision.window_size // vision.patch_size) ** 2
-        keys = [n if i in vision.fullatt_block_indexes else min(n, window) for i, n in enumerate(keys)]
+    rows, columns, patches_per_token = _image_grid(config, image_px)
+    patches = rows * columns * patches_per_token
+    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
+    pairs = layers * patches**2
+    if hasattr(vision, "fullatt_block_indexes"):  # Qwen2.5-VL: all other layers look at square windows
+        side = vision.window_size // (vision.patch_size * vision.spatial_merge_size)
+        windows = itertools.product(_cut(rows, side), _cut(columns, side))
+        in_windows = sum((n_rows * n_columns * patches_per_token) ** 2 for n_rows, n_columns in windows)
+        n_full = len(vision.fullatt_block_indexes)
+        pairs = n_full * patches**2 + (layers - n_full) * in_windows
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    return TowerSize(patches, tokens, per_patch, per_token, width, tuple(keys))
+    return TowerSize(patches, rows * columns, per_patch, per_token, width, pairs)
 
 
-def _image_tokens(config: Any, image_px: tuple[int, int]) -> tuple[int, int]:
-    """Tokens of one image, and patches that make one of them. Families with a grid follow the image's size (bounds
-    of the processor aside); the others resize to their own, of which one tile is counted.
+def _image_grid(config: Any, image_px: tuple[int, int]) -> tuple[int, int, int]:
+    """Rows and columns of an image's tokens, and patches that make one of them.
+
+    Families with a grid follow the image's size (bounds of the processor aside); the others resize to their own, of
+    which one tile is counted.
     """
     vision = config.vision_config
     if hasattr(vision, "spatial_merge_size"):
-        cell_px = vision.patch_size * vision.spatial_merge_size
-        n_cells = max(1, round(image_px[0] / cell_px)) * max(1, round(image_px[1] / cell_px))
-        return n_cells, vision.spatial_merge_size**2
-    patches_per_token = getattr(config, "scale_factor", 1) ** 2
-    return math.ceil((vision.image_size // vision.patch_size) ** 2 / patches_per_token), patches_per_token
+        merge = vision.spatial_merge_size
+        rows, columns = (max(1, round(px / (vision.patch_size * merge))) for px in image_px)
+        return rows, columns, merge**2
+    merge = getattr(config, "scale_factor", 1)
+    per_side = vision.image_size // vision.patch_size // merge
+    return per_side, per_side, merge**2
+
+
+def _cut(length: int, size: int) -> list[int]:
+    """Lengths of the pieces of a line cut into `size`; the last one may be shorter."""
+    return [min(size, length - start) for start in range(0, length, size)]

@@ -80,9 +80,14 @@ def step_time(
             remote_s[anchor.name] = read_s(anchor.replicas)
             enough = (n for n in range(1, microbatch_images(config) + 1) if read_s(n) <= generator_s)
             balance[anchor.name] = next(enough, None)
-    m, slowest_s = config.train.microbatches, max(remote_s.values(), default=0.0)
-    step_s = max(m * generator_s, m * slowest_s + generator_s) if remote_s else m * generator_s
+    step_s = overlapped_s(config.train.microbatches, generator_s, max(remote_s.values(), default=0.0))
     return StepTime(forward_s, backward_s, local_s, remote_s, balance, step_s)
+
+
+def overlapped_s(n_microbatches: int, generator_s: float, anchor_s: float) -> float:
+    """The formula at the head of this file."""
+    fill_s = generator_s if anchor_s else 0.0
+    return max(n_microbatches * generator_s, n_microbatches * anchor_s + fill_s)
 
 
 def generator_seconds(config: Config, facts: ModelFacts, device: Device) -> tuple[float, float]:
@@ -92,9 +97,9 @@ def generator_seconds(config: Config, facts: ModelFacts, device: Device) -> tupl
     size = (facts.decoder, rows.n_rows, rows.n_tokens, rows.n_keys)
     kept = kept_per_layer(facts, rows, generator.dtype, generator.lora)
     flops = forward_flops(*size) + lora_forward_flops(n_lora, rows.all_tokens)
-    forward_s = _pass_s(facts, device, generator.dtype, flops, kept)
+    forward_s = pass_seconds(facts, device, generator.dtype, flops, kept)
     flops = input_gradient_flops(*size) + lora_backward_flops(n_lora, rows.all_tokens)
-    backward_s = _pass_s(facts, device, generator.dtype, flops, kept, backward=True)
+    backward_s = pass_seconds(facts, device, generator.dtype, flops, kept, backward=True)
     tower_s = tower_flops(facts.tower, rows.n_rows) / device.product_rate(generator.dtype)
     # Checkpointing computes the decoder's forward again.
     return tower_s + forward_s, backward_s + (forward_s if generator.gradient_checkpointing else 0.0)
@@ -105,11 +110,13 @@ def read_seconds(facts: ModelFacts, rows: Rows, dtype: str, device: Device, forw
     size = (facts.decoder, rows.n_rows, rows.n_tokens, rows.n_keys)
     head = head_flops(facts.decoder, rows.n_predictions)
     kept = kept_per_layer(facts, rows, dtype)
-    forward_s = _pass_s(facts, device, dtype, forward_flops(*size) + head, kept)
-    return forwards * forward_s + _pass_s(facts, device, dtype, input_gradient_flops(*size) + head, kept, backward=True)
+    forward_s = pass_seconds(facts, device, dtype, forward_flops(*size) + head, kept)
+    return forwards * forward_s + pass_seconds(
+        facts, device, dtype, input_gradient_flops(*size) + head, kept, backward=True
+    )
 
 
-def _pass_s(
+def pass_seconds(
     facts: ModelFacts, device: Device, dtype: str, flops: int, kept_per_layer: int, backward: bool = False
 ) -> float:
     """The formula at the head of `trainer.estimate.devices`. Backward makes two tensors for each one of forward."""
