@@ -160,7 +160,7 @@ class TrainConfig(Section):
 
     @property
     def fewest_microbatches(self) -> int:
-        """The number to plan memory with: `auto` also tries the whole batch at once."""
+        """The number, or the least that `auto` may take: it tries the whole batch at once, too."""
         return 1 if self.microbatches == "auto" else self.microbatches
 
     @model_validator(mode="after")

@@ -112,15 +112,21 @@ def evaluate(
 
 @app.command()
 @friendly_errors
-def estimate(config: ConfigOption, set_: SetOption = None) -> None:
-    """Predict the memory that generator and anchors need, before any weight is loaded.
+def estimate(
+    config: ConfigOption,
+    set_: SetOption = None,
+    device: Annotated[
+        str | None, typer.Option(help="GPU to plan for: A6000, L40S, A100, H100, H200. By default this machine's.")
+    ] = None,
+) -> None:
+    """Predict memory of every process, time of a step and what limits it, before any weight is loaded.
 
-    Example: python -m trainer estimate --config deploy/configs/a6000.yaml
+    Example: python -m trainer estimate --config deploy/configs/a6000.yaml --device A6000
     """
     from shared.config import load_config
     from trainer.estimate import print_estimate
 
-    print_estimate(load_config(Path(config), set_ or []), Console())
+    print_estimate(load_config(Path(config), set_ or []), Console(), device)
 
 
 @toy_app.command("build")
