@@ -28,6 +28,7 @@ from trainer.data.records import Record
 from trainer.data.sampling import derangement
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
 CONDITIONS = ("ceiling", "latents", "swapped", "floor")
 Progress = Callable[[int, int], None]
@@ -54,19 +55,21 @@ class AnswerTable:
 
 
 @torch.no_grad()
-def latents_of(generator: Generator, records: Sequence[Record], batch_images: int) -> Tensor:
+def latents_of(generator: Generator, features: ImageFeatures, records: Sequence[Record], batch_images: int) -> Tensor:
     """(B, K, D) latents of all records, in evaluation mode."""
     generator.train(False)
     latents = []
     for chunk in _chunks(records, batch_images):
-        inputs = generator.model.image_inputs([record.load_image() for record in chunk])
-        latents.append(generator.emit(generator.image_tokens_from(inputs)))
+        images = features.prepare([features.open(record) for record in chunk])
+        latents.append(generator.emit(features.tokens(images)))
     return torch.cat(latents)
 
 
-def mean_nll(generator: Generator, pool: AnchorPool, records: Sequence[Record], config: Config) -> dict[str, float]:
+def mean_nll(
+    generator: Generator, features: ImageFeatures, pool: AnchorPool, records: Sequence[Record], config: Config
+) -> dict[str, float]:
     """Mean NLL over images per anchor, reading latents; the quick figure of validation."""
-    latents_BKD = latents_of(generator, records, config.evaluation.batch_images)
+    latents_BKD = latents_of(generator, features, records, config.evaluation.batch_images)
     sums = dict.fromkeys(pool.names, 0.0)
     first = 0
     for chunk in _chunks(records, config.evaluation.batch_images):
@@ -78,10 +81,15 @@ def mean_nll(generator: Generator, pool: AnchorPool, records: Sequence[Record], 
 
 
 def read_all(
-    generator: Generator, pool: AnchorPool, records: Sequence[Record], config: Config, progress: Progress
+    generator: Generator,
+    features: ImageFeatures,
+    pool: AnchorPool,
+    records: Sequence[Record],
+    config: Config,
+    progress: Progress,
 ) -> dict[str, AnswerTable]:
     """Every question of every record under every condition, by anchor. `progress` gets (images done, all)."""
-    latents_BKD = latents_of(generator, records, config.evaluation.batch_images)
+    latents_BKD = latents_of(generator, features, records, config.evaluation.batch_images)
     # At random, not from the neighbour: data sets balance answers in order, so neighbours are not independent.
     swapped_BKD = latents_BKD[torch.from_numpy(derangement(len(records), config.train.seed))]
     tables = {name: AnswerTable() for name in pool.names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from trainer.checkpoint import CheckpointStore
 from trainer.data import load_records
 from trainer.evaluation.reading import CONDITIONS, read_all, summarise
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -39,10 +41,11 @@ def evaluate_run(config: Config, console: Console) -> dict[str, Any]:
     shared_base = (generator.model, generator.adapter_off)
     with (
         AnchorPool.start(config, generator.handshake(), shared_base, config.all_anchors) as pool,
+        contextlib.closing(ImageFeatures(generator, config.data.feature_cache)) as features,
         Progress(console=console, disable=not console.is_terminal) as bar,
     ):
         task = bar.add_task("evaluate", total=len(records))
-        tables = read_all(generator, pool, records, config, lambda done, _: bar.update(task, completed=done))
+        tables = read_all(generator, features, pool, records, config, lambda done, _: bar.update(task, completed=done))
     unseen = {anchor.name for anchor in config.evaluation.unseen}
     result = {
         "checkpoint": checkpoint.folder.name,
