@@ -4,8 +4,9 @@
     prepare    the image processor, unless every image was in the cache
     tokens     the vision tower, unless every image was in the cache; what was not is written there
 
-A batch with an image that is not cached is computed as a whole: a tower's numbers may depend on the batch in their
-last bits (matrix products of other sizes, other orders of summation), and the cache is to change none.
+A batch with an image that is not cached is computed as a whole, as without a cache. Matrix products of another size
+may sum in another order: on two CPU threads, the toy tower's last bits are others for a lone image than for the same
+image among two, three or 32, which all agree.
 """
 
 from __future__ import annotations
