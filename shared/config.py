@@ -109,6 +109,13 @@ class PoolConfig(Section):
     resources: dict[str, float] = Field({}, description="Custom Ray resources that each replica needs.")
 
 
+class FeatureCacheConfig(Section):
+    """Image tokens of the generator's vision tower on disk; any number of runs may share the folder."""
+
+    path: Path
+    max_gib: float = Field(gt=0, allow_inf_nan=False, description="Beyond it, what was used longest ago is dropped.")
+
+
 class DataConfig(Section):
     """What is looked at and asked about."""
 
@@ -124,6 +131,7 @@ class DataConfig(Section):
         "matched", description="shuffled: the control in which no image keeps its own questions."
     )
     max_images: int | None = Field(None, ge=2, description="Use only the first n images of the training split.")
+    feature_cache: FeatureCacheConfig | None = Field(None, description="None: the tower sees every image every time.")
 
 
 class LossConfig(Section):

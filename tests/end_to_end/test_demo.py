@@ -13,6 +13,7 @@ from trainer.checkpoint import CheckpointStore
 from trainer.data import load_records
 from trainer.evaluation.suites import SUITES, Session
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,7 +101,8 @@ def test_constant_latents_are_caught_by_every_suite(run: Path, evaluation: dict)
     generator = Generator(config.generator, config.train.seed)
     generator.load_adapter(CheckpointStore(run, 2).best().folder)
     with AnchorPool.start(config, generator.handshake()) as pool:
-        session = Session(config, generator, pool, records, lambda names, _what, _n: names)
+        features = ImageFeatures(generator, None)
+        session = Session(config, generator, features, pool, records, lambda names, _what, _n: names)
         mean_1KD = session.latents_BKD.mean(dim=0, keepdim=True)
         session.latents_BKD = mean_1KD.expand_as(session.latents_BKD).clone()
         reading, causal, geometry = (SUITES[name](session) for name in ("reading", "causal", "geometry"))

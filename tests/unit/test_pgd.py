@@ -12,6 +12,7 @@ from trainer.data.records import KindQuestion, Record
 from trainer.evaluation.pgd import adversarial_latents
 from trainer.evaluation.reading import Reader, latents_of
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
 LEVELS = 1.0
 """Small, because a random model is linear only nearby."""
@@ -57,7 +58,7 @@ def test_the_attack_stays_within_its_bound_and_costs_more_than_noise_of_its_size
         def nll(latents_BKD: torch.Tensor) -> float:
             return float(reader.latents(latents_BKD.detach())["A"].nll_N.mean())
 
-        plain = nll(latents_of(generator, records, 3))
+        plain = nll(latents_of(generator, ImageFeatures(generator, None), records, 3))
         signs = torch.randn(original["pixel_values"].shape, generator=torch.Generator().manual_seed(1)).sign()
         noisy = {**original, "pixel_values": original["pixel_values"] + most * signs}
         by_noise = nll(generator.emit(generator.image_tokens_from(noisy))) - plain

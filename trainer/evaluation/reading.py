@@ -31,6 +31,7 @@ from trainer.data.records import Record
 from trainer.data.sampling import derangement
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
 Item = TypeVar("Item")
 CONDITIONS = ("ceiling", "latents", "swapped", "floor")
@@ -85,13 +86,11 @@ class Reader:
         """The question alone, with or without the tokens that stand around an image."""
         return self._read(lambda _: None, image_markers)
 
-    def images(
-        self, image_bytes: Callable[[Record], bytes] = lambda record: record.image_path.read_bytes()
-    ) -> Outcomes:
-        """The real images, or what `image_bytes` makes of them (encoded files)."""
+    def images(self) -> Outcomes:
+        """The real images."""
 
         def read(here: slice) -> dict[str, ReadReply]:
-            images = [image_bytes(record) for record in self.records[here]]
+            images = [record.image_path.read_bytes() for record in self.records[here]]
             return self._pool.read_images(images, self._questions[here], self._pool.names)
 
         return self._gather(read)
@@ -121,9 +120,14 @@ class Reader:
 
 
 @torch.no_grad()
-def latents_of(generator: Generator, records: Sequence[Record], batch_images: int) -> Tensor:
+def latents_of(generator: Generator, features: ImageFeatures, records: Sequence[Record], batch_images: int) -> Tensor:
     """(B, K, D) latents of all records, in evaluation mode."""
-    return latents_of_images(generator, (record.load_image() for record in records), batch_images)
+    generator.train(False)
+    latents = []
+    for chunk in batched(records, batch_images):
+        images = features.prepare([features.open(record) for record in chunk])
+        latents.append(generator.emit(features.tokens(images)))
+    return torch.cat(latents)
 
 
 @torch.no_grad()
@@ -144,10 +148,12 @@ def batched(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def mean_nll(generator: Generator, pool: AnchorPool, records: Sequence[Record], config: Config) -> dict[str, float]:
+def mean_nll(
+    generator: Generator, features: ImageFeatures, pool: AnchorPool, records: Sequence[Record], config: Config
+) -> dict[str, float]:
     """Mean NLL over images per anchor, reading latents; the quick figure of validation."""
     reader = Reader(pool, records, config)
-    outcomes = reader.latents(latents_of(generator, records, config.evaluation.batch_images))
+    outcomes = reader.latents(latents_of(generator, features, records, config.evaluation.batch_images))
     counts_B = np.bincount(reader.images_N)
     return {name: float(np.mean(np.bincount(reader.images_N, o.nll_N) / counts_B)) for name, o in outcomes.items()}
 

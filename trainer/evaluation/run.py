@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer.data import load_records
 from trainer.evaluation.suites import SUITES, Session
 from trainer.evaluation.tables import print_tables
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
 EVALUATION_FILE = "evaluation.json"
 _SECTIONS = {"reading": "anchors"}
@@ -56,13 +58,14 @@ def evaluate_run(
     shared_base = (generator.model, generator.adapter_off)
     with (
         AnchorPool.start(config, generator.handshake(), shared_base, chosen) as pool,
+        contextlib.closing(ImageFeatures(generator, config.data.feature_cache)) as features,
         Progress(console=console, disable=not console.is_terminal) as bar,
     ):
 
         def track(names: Iterable[str], what: str, n: int) -> Iterable[str]:
             return bar.track(names, total=n, description=what)
 
-        session = Session(config, generator, pool, records, track)
+        session = Session(config, generator, features, pool, records, track)
         for suite in todo:
             done[_section(suite)] = SUITES[suite](session)
             _write(unfinished, {**header, **done})

@@ -51,6 +51,7 @@ from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_shar
 from trainer.evaluation.transfer import FIT_IMAGES, read_through_projectors
 from trainer.evaluation.verdict import VERDICT_TESTS, lost_share, paired_differences, verdict
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
 Track = Callable[[Iterable[str], str, int], Iterable[str]]
 """Iterates with a progress bar: names, of what, how many."""
@@ -64,6 +65,7 @@ class Session:
 
     config: Config
     generator: Generator
+    features: ImageFeatures
     pool: AnchorPool
     records: list[Record]
     track: Track
@@ -75,7 +77,7 @@ class Session:
 
     @cached_property
     def latents_BKD(self) -> Tensor:
-        return latents_of(self.generator, self.records, self.config.evaluation.batch_images)
+        return latents_of(self.generator, self.features, self.records, self.config.evaluation.batch_images)
 
     @cached_property
     def conditions(self) -> dict[str, Outcomes]:
@@ -120,8 +122,7 @@ class Session:
     def visual_tokens(self, records: list[Record]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batch by batch: visual tokens pooled to K (B, K, D), and as they are (N, D)."""
         for chunk in batched(records, self.config.evaluation.batch_images):
-            inputs = self.generator.model.image_inputs([record.load_image() for record in chunk])
-            tokens = self.generator.image_tokens_from(inputs)
+            tokens = self.features.tokens(self.features.prepare([self.features.open(record) for record in chunk]))
             yield pooled_image_tokens(tokens, nearly_square(self.generator.n_latents)), torch.cat(tokens.tokens)
 
 
@@ -187,7 +188,7 @@ def transfer_suite(s: Session) -> dict[str, Any]:
     fit_records = training_records(s.config.data, s.config.train.seed)[:FIT_IMAGES]
     fit_sources = {
         "visual_tokens": torch.cat([pooled for pooled, _ in s.visual_tokens(fit_records)]),
-        "latents": latents_of(s.generator, fit_records, s.config.evaluation.batch_images),
+        "latents": latents_of(s.generator, s.features, fit_records, s.config.evaluation.batch_images),
     }
     readers = {reader.name: reader for reader in s.config.evaluation.transfer}
     return {
