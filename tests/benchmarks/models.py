@@ -83,15 +83,15 @@ def build_folder(size: ModelSize, folder: Path, *, seed: int = 0, with_weights: 
     return folder
 
 
-def make_questions(n_images: int, n_questions: int, seed: int = 0) -> list[list[Question]]:
-    """Questions of QUESTION_TOKENS and answers of ANSWER_TOKENS tokens, all different."""
-    rng = np.random.default_rng(seed)
+def make_questions(n_images: int, n_questions: int, question_tokens: int = QUESTION_TOKENS) -> list[list[Question]]:
+    """Questions of so many and answers of ANSWER_TOKENS tokens, all different."""
+    rng = np.random.default_rng(0)
 
     def words(n: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(0, _N_WORDS, n))
 
     return [
-        [Question(words(QUESTION_TOKENS), words(ANSWER_TOKENS)) for _ in range(n_questions)] for _ in range(n_images)
+        [Question(words(question_tokens), words(ANSWER_TOKENS)) for _ in range(n_questions)] for _ in range(n_images)
     ]
 
 

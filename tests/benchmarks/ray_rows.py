@@ -27,10 +27,12 @@ from anchor_service.wire import WireReply, to_array, to_tensor
 from shared.config import AnchorConfig, Config
 from shared.messages import PROTOCOL_VERSION, Gradient, Handshake, LatentPositions, ReadReply, ReadRequest
 from shared.vlm import ImageTokens, vlm_config
+from shared.vlm.model import DTYPES
 from tests.benchmarks.bench import N_IMAGES, N_LATENTS, N_QUESTIONS, Bench, random_latents
 from tests.benchmarks.models import TINY, ModelSize, make_questions
 from tests.benchmarks.results import Result
 from tests.benchmarks.runs import make_records, open_trainer, run_config
+from tests.benchmarks.step_rows import TINY_IMAGE_PX
 from tests.benchmarks.timing import interleaved, ratios, result
 from trainer.generator import Generator
 from trainer.loop import Trainer
@@ -60,18 +62,13 @@ def local_ray() -> Iterator[None]:
 def remote_rows(bench: Bench, label: str, size: ModelSize) -> list[Result]:
     """The same anchor with the same single thread: as a Ray actor, and in this process."""
     anchor = bench.anchor_fields("anchor", size)
-    request = ReadRequest(
-        "benchmark",
-        make_questions(N_IMAGES, N_QUESTIONS),
-        random_latents(N_IMAGES, N_LATENTS, vlm_config(str(anchor["model"])).get_text_config().hidden_size),
-        Gradient.FUSED,
-    )
+    request = pool_request(str(anchor["model"]), bench.dtype)
     with one_thread(), contextlib.ExitStack() as stack:
         sides = {}
         for placement in ("ray", "local"):
             config = run_config({"model": anchor["model"]}, [{**anchor, "placement": placement, "cpus": 1}])
-            pool = stack.enter_context(AnchorPool.start(config, _generator_side(config)))
-            sides[placement] = partial(_read_once, pool, request)
+            pool = stack.enter_context(AnchorPool.start(config, generator_side(config)))
+            sides[placement] = partial(pool.read, dict.fromkeys(pool.names, request))
         seconds = interleaved(sides, bench.repetitions)
     in_process_ms = 1e3 * float(np.median(seconds["local"]))
     return [
@@ -221,7 +218,7 @@ def _trainer_of_waiting_anchors(
     anchors = [{"name": f"A{i}", "model": str(folder), "placement": "ray", "cpus": 0.1} for i in range(n_anchors)]
     train = {"batch_images": n_images, "microbatches": microbatches}
     config = run_config({"model": str(folder), "latents": N_LATENTS, "cpus": 1}, anchors, train=train)
-    records = make_records(bench.root / f"tiny-{n_images}", n_images, (56, 56), N_QUESTIONS)
+    records = make_records(bench.root / f"tiny-{n_images}", n_images, TINY_IMAGE_PX, N_QUESTIONS)
     with (
         one_thread(),
         mock.patch("anchor_service.ray_handle.AnchorActor", waiting_actor(per_image_s)),
@@ -264,15 +261,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _generator_side(config: Config) -> Handshake:
+def generator_side(config: Config) -> Handshake:
+    """What the generator of a config would say of itself."""
     facts = vlm_config(config.generator.model)
-    width = facts.get_text_config().hidden_size
-    shape = {"latents": N_LATENTS, "width": width, "dtype": config.anchors[0].dtype}
-    return Handshake("benchmark", PROTOCOL_VERSION, **shape, family=facts.model_type, prompt="")
+    shape = {"latents": config.generator.latents, "width": facts.get_text_config().hidden_size}
+    return Handshake(
+        "benchmark", PROTOCOL_VERSION, **shape, dtype=config.generator.dtype, family=facts.model_type, prompt=""
+    )
 
 
-def _read_once(pool: AnchorPool, request: ReadRequest) -> dict[str, ReadReply]:
-    return pool.read(dict.fromkeys(pool.names, request))
+def pool_request(model: str, dtype: str) -> ReadRequest:
+    """A read with gradient for anchors of this model, latents on the CPU."""
+    width = vlm_config(model).get_text_config().hidden_size
+    latents_BKD = random_latents(N_IMAGES, N_LATENTS, width, DTYPES[dtype])
+    return ReadRequest("benchmark", make_questions(N_IMAGES, N_QUESTIONS), latents_BKD, Gradient.FUSED)
 
 
 def _stepper(trainer: Trainer) -> Callable[[], object]:

@@ -14,7 +14,7 @@ from anchor_service.frozen_anchor import load_frozen_anchor
 from anchor_service.pool import AnchorPool
 from shared.config import Config, parse_config
 from tests.benchmarks.baseline_loop import BaselineTrainer
-from tests.benchmarks.models import make_questions
+from tests.benchmarks.models import QUESTION_TOKENS, make_questions
 from trainer.data.records import KindQuestion, Record
 from trainer.data.sampling import Sampler
 from trainer.generator import Generator
@@ -24,13 +24,15 @@ _STEPS = 10_000
 """More than a benchmark takes, so that the next batch is always prepared, as in the middle of a run."""
 
 
-def make_records(folder: Path, n_images: int, image_px: tuple[int, int], n_questions: int) -> list[Record]:
+def make_records(
+    folder: Path, n_images: int, image_px: tuple[int, int], n_questions: int, question_tokens: int = QUESTION_TOKENS
+) -> list[Record]:
     """Noisy pictures of (width, height) pixels with questions of exact length."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     width, height = image_px
     records = []
-    for i, questions in enumerate(make_questions(n_images, n_questions)):
+    for i, questions in enumerate(make_questions(n_images, n_questions, question_tokens)):
         path = folder / f"{i}.png"
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
         asked = tuple(KindQuestion("any", question.text, question.answer) for question in questions)

@@ -13,8 +13,9 @@ from tests.benchmarks.switches import STEP_SWITCHES
 from tests.benchmarks.timing import interleaved, ratios, result
 from trainer.generator import Generator
 
-_IMAGE_PX = (448, 420)
+IMAGE_PX = (448, 420)
 """240 image tokens, close to the 239 of the baseline's data."""
+TINY_IMAGE_PX = (56, 56)
 
 
 def step_rows(bench: Bench, label: str, size: ModelSize) -> list[Result]:
@@ -22,7 +23,7 @@ def step_rows(bench: Bench, label: str, size: ModelSize) -> list[Result]:
 
     By default the loop checkpoints its generator, and the project does not.
     """
-    records = make_records(bench.root / "step", 2 * N_IMAGES, (56, 56) if bench.tiny else _IMAGE_PX, N_QUESTIONS)
+    records = make_records(bench.root / "step", 2 * N_IMAGES, TINY_IMAGE_PX if bench.tiny else IMAGE_PX, N_QUESTIONS)
     generator = {
         "model": str(bench.folder(size)),
         "latents": N_LATENTS,
