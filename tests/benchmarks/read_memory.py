@@ -1,6 +1,6 @@
 """Peak memory of one read, ours against the baseline loop, above what the process holds before it.
 
-On the CPU each side is measured in a process of its own (`python -m tests.benchmarks.read_memory …`): the kernel's
+On the CPU a process of its own measures both sides in turn (`python -m tests.benchmarks.read_memory …`): the kernel's
 peak of resident memory, set back before each read, less the resident memory at that moment. The C library is told to
 give large blocks back to the system when they are freed, so that no read hides in what an earlier one left. Nothing
 is sampled and nothing depends on time. On a GPU, torch counts its allocations itself.
@@ -30,7 +30,6 @@ from tests.benchmarks.models import ModelSize
 from tests.benchmarks.results import Result
 from tests.benchmarks.timing import ratios, result
 
-SIDES = ("ours", "loop")
 _REPOSITORY = Path(__file__).parents[2]
 _M_MMAP_THRESHOLD = -3  # glibc, malloc.h
 _LARGE_BLOCK_BYTES = 64 * 1024
@@ -40,9 +39,10 @@ def memory_rows(bench: Bench, label: str, size: ModelSize, at_most: float | None
     """Peak of ours over peak of the loop."""
     if bench.device == "cuda":
         anchor = bench.anchor(size)
-        peaks = {side: [_cuda_peak(_call(side, anchor)) for _ in range(bench.repetitions)] for side in SIDES}
+        calls = _calls(anchor)
+        peaks = {side: [_cuda_peak(call) for _ in range(bench.repetitions)] for side, call in calls.items()}
     else:
-        peaks = {side: _peaks_of_process(side, bench.folder(size), bench.repetitions) for side in SIDES}
+        peaks = _peaks_of_process(bench.folder(size), bench.repetitions)
     mib = peaks["ours"][0] / 2**20
     return [
         result(
@@ -55,31 +55,30 @@ def memory_rows(bench: Bench, label: str, size: ModelSize, at_most: float | None
     ]
 
 
-def resident_peaks(side: str, folder: str, repetitions: int) -> list[int]:
-    """Bytes that each read adds to this process at its peak."""
-    anchor = FrozenAnchor("anchor", load_vlm(folder).freeze(), N_LATENTS, LatentPositions.TEXT)
-    call = _call(side, anchor)
+def resident_peaks(folder: str, repetitions: int) -> dict[str, list[float]]:
+    """Bytes that each read adds to this process at its peak, by side."""
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
-    call()  # what stays for good (thread pools, the constant prefix) is there from now on
-    peaks = []
+    calls = _calls(FrozenAnchor("anchor", load_vlm(folder).freeze(), N_LATENTS, LatentPositions.TEXT))
+    peaks: dict[str, list[float]] = {side: [] for side in calls}
+    for call in calls.values():
+        call()  # what stays for good (thread pools, the constant prefix) is there from now on
     for _ in range(repetitions):
-        gc.collect()
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_bytes("VmRSS")
-        call()
-        peaks.append(_status_bytes("VmHWM") - before)
+        for side, call in calls.items():
+            gc.collect()
+            libc.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _status_bytes("VmRSS")
+            call()
+            peaks[side].append(_status_bytes("VmHWM") - before)
     return peaks
 
 
-def _peaks_of_process(side: str, folder: Path, repetitions: int) -> list[float]:
-    arguments = [sys.executable, "-m", "tests.benchmarks.read_memory", side, str(folder), str(repetitions)]
+def _peaks_of_process(folder: Path, repetitions: int) -> dict[str, list[float]]:
+    arguments = [sys.executable, "-m", "tests.benchmarks.read_memory", str(folder), str(repetitions)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    output = subprocess.run(
-        arguments, env=environment, cwd=_REPOSITORY, capture_output=True, text=True, check=True
-    ).stdout
-    return list(json.loads(output.splitlines()[-1]))
+    run = subprocess.run(arguments, env=environment, cwd=_REPOSITORY, capture_output=True, text=True, check=True)
+    return dict(json.loads(run.stdout.splitlines()[-1]))
 
 
 def _cuda_peak(call: Callable[[], object]) -> float:
@@ -89,12 +88,13 @@ def _cuda_peak(call: Callable[[], object]) -> float:
     return float(torch.cuda.max_memory_allocated() - before)
 
 
-def _call(side: str, anchor: FrozenAnchor) -> Callable[[], object]:
+def _calls(anchor: FrozenAnchor) -> dict[str, Callable[[], object]]:
     request = read_request(anchor)
     assert request.latents is not None
-    if side == "ours":
-        return partial(anchor.read, request)
-    return partial(baseline_loop.read, anchor.model, request.latents, request.questions)
+    return {
+        "ours": partial(anchor.read, request),
+        "loop": partial(baseline_loop.read, anchor.model, request.latents, request.questions),
+    }
 
 
 def _status_bytes(field: str) -> int:
@@ -106,8 +106,7 @@ def _status_bytes(field: str) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=SIDES)
     parser.add_argument("folder")
     parser.add_argument("repetitions", type=int)
     given = parser.parse_args()
-    print(json.dumps(resident_peaks(given.side, given.folder, given.repetitions)))
+    print(json.dumps(resident_peaks(given.folder, given.repetitions)))
