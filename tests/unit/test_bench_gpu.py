@@ -19,8 +19,8 @@ from tests.benchmarks.results import Result, record, record_unmeasured
 from tests.benchmarks.runs import make_records, run_config
 from trainer.generator import Generator
 
-HERE = [name for name in PARTS if name not in ("memory", "sharing")]
-"""Memory is counted by the GPU's allocator alone, sharing needs Ray (`tests/integration/test_bench_ray.py`)."""
+HERE = [name for name in PARTS if name != "sharing"]
+"""Sharing needs Ray: `tests/integration/test_bench_ray.py`."""
 
 
 @pytest.fixture
