@@ -25,6 +25,7 @@ import torch
 from anchor_service.actor import AnchorActor
 from anchor_service.pool import AnchorPool
 from shared.config import load_config
+from shared.errors import AnchorCallError
 from shared.flops import decoder_size
 from shared.vlm import vlm_config
 from tests.benchmarks.anchor_path import print_rows
@@ -295,7 +296,9 @@ def run_part(part: Part, device: str, tiny: bool) -> list[Result]:
         bench = Bench(Path(folder), COMMAND, repetitions, device, "bfloat16", tiny, with_weights=False)
         try:
             return part.run(bench)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, AnchorCallError) as error:
+            if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+                raise
             print("out of GPU memory; recorded as not measured")
             return unmeasured(part)
         finally:
