@@ -5,6 +5,7 @@ bfloat16, which NumPy lacks, travels as its 16-bit patterns under its name.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,8 +39,11 @@ def to_array(tensor: Tensor) -> tuple[np.ndarray, str]:
 
 
 def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
-    """The tensor that `to_array` took apart, in memory of its own (arrays from the object store are read-only)."""
-    tensor = torch.from_numpy(np.array(array))
+    """The tensor that `to_array` took apart, on the array's own memory: one from the object store is read-only."""
+    with warnings.catch_warnings():
+        # PyTorch knows no read-only tensors; nothing here writes into latents or gradients that came by wire.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
