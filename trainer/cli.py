@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -83,6 +83,28 @@ def evaluate(run: Annotated[Path, typer.Argument(help="Run folder that train wro
     prepare_data(config.data, console)
     with ray_if_needed(config, config.all_anchors):
         evaluate_run(config, console)
+
+
+@app.command()
+@friendly_errors
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders that evaluate was run on; the first gets the page.")],
+    attention: Annotated[
+        Literal["mean", "last", "rollout"],
+        typer.Option(help="Attention maps: mean of all layers and heads, the last layer's heads, or rollout."),
+    ] = "mean",
+) -> None:
+    """Draw what was measured: one HTML file that needs no network, and its pictures as PNGs.
+
+    Writes RUN/report.html and RUN/report/*.png; several runs stand side by side. Suites that were not run are named
+    at the end of the page with their command. Attention maps load the generator if evaluate did not store them.
+
+    Example: python -m trainer report runs/demo
+    """
+    from trainer.report.write import write_report
+
+    page = write_report(runs, attention)
+    Console().print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()

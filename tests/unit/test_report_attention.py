@@ -1,4 +1,4 @@
-"""Attention of the latents over the image against eager attention, one image at a time; rules against whole matrices."""
+"""Attention of the latents over the image against eager attention of single images; rules against whole matrices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def eager_attention(generator: Generator, picture) -> Tensor:
         return args, kwargs | {"attention_mask": torch.where(mask, 0.0, torch.finfo(torch.float32).min)}
 
     hooks = [decoder.register_forward_pre_hook(additive, with_kwargs=True)]
-    hooks += [layer.self_attn.register_forward_hook(lambda m, a, out: seen.append(out[1][0])) for layer in decoder.layers]
+    hooks += [
+        layer.self_attn.register_forward_hook(lambda m, a, out: seen.append(out[1][0])) for layer in decoder.layers
+    ]
     decoder.set_attn_implementation("eager")
     generator.emit(generator.image_tokens_from(generator.model.image_inputs([picture])))
     decoder.set_attn_implementation("sdpa")

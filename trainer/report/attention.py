@@ -100,7 +100,14 @@ def _last_rows(decoder: Any, n: int) -> Iterator[list[Tensor]]:
     sdpa = AttentionInterface()["sdpa"]
 
     def attend(
-        module: Any, query_BHTd: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, scaling: float, **rest: Any
+        module: Any,
+        query_BHTd: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        *,
+        scaling: float,
+        **rest: Any,
     ) -> Any:
         key_BHTd = key.repeat_interleave(query_BHTd.shape[1] // key.shape[1], dim=1)
         scores_BHnT = scaling * query_BHTd[:, :, -n:] @ key_BHTd.mT

@@ -1,0 +1,259 @@
+"""Charts of one run: which numbers are drawn, and what caption and alt text say of them.
+
+Legend: B images, K latents (slots), D width, P points.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure as Chart
+
+from trainer.report.drawing import Theme, Triple, bars, curves, draw, matrix, scatter
+from trainer.report.page import Picture
+from trainer.report.results import Figure, RunResults
+
+Curve = dict[float, Triple]
+_PER_SLOT = re.compile(r"(zero_slot|keep_one|truncate)_(\d+)")
+_NO_LOSS = re.compile(r"step|grad_norm|lr_.*|.*_ms|images_per_s|anchors|microbatches|validation.*")
+_MOST_POINTS = 200
+_MOST_STATES = 1500
+_STATES = {"latents": "latents", "image_tokens": "image (mean of its tokens)", "text_states": "text (answer position)"}
+
+
+def causal_bars(run: RunResults, span: tuple[float, float]) -> list[Picture]:
+    """Δ accuracy of every test that is not about one slot or a number of slots."""
+    series = {name: deltas for name in run.evaluation.causal if (deltas := _deltas(run, name))}
+    if not series:
+        return []
+    numbers = "; ".join(
+        f"{name}: " + ", ".join(f"{test} {triple[0]:+.3f}" for test, triple in deltas.items())
+        for name, deltas in series.items()
+    )
+    return [
+        _picture(
+            "causal",
+            "What each swap of the latents costs in accuracy, with 95 % intervals. Far left of 0: the content matters.",
+            f"Bar chart of the change in accuracy per causal test and anchor. {numbers}.",
+            lambda theme: bars(theme, series, "Δ accuracy against the plain latents", span),
+        )
+    ]
+
+
+def causal_span(runs: Sequence[RunResults]) -> tuple[float, float]:
+    """One scale for the causal charts of all runs."""
+    ends = [v for run in runs for name in run.evaluation.causal for t in _deltas(run, name).values() for v in t]
+    return min([*ends, -0.1]) - 0.03, max([*ends, 0.02]) + 0.03
+
+
+def _deltas(run: RunResults, anchor: str) -> dict[str, Triple]:
+    return {
+        test.replace("_", " "): triple
+        for test, figures in run.evaluation.causal[anchor].tests.items()
+        if not _PER_SLOT.fullmatch(test) and (triple := _triple(figures.get("delta_accuracy")))
+    }
+
+
+def slot_curves(run: RunResults) -> list[Picture]:
+    """Δ accuracy per slot: that slot set to zero, and that slot alone."""
+    told = {
+        "zero_slot": "Δ accuracy when one slot is set to zero. Near 0 for every slot: the others make up for it.",
+        "keep_one": "Δ accuracy when one slot is left and the others are zero.",
+    }
+    pictures = []
+    for test, caption in told.items():
+        series = {name: _per_slot(run, name, test, "delta_accuracy") for name in run.evaluation.causal}
+        series = {name: curve for name, curve in series.items() if curve}
+        if series:
+            chart = _curve_picture(test.replace("_", "-"), caption, series, "slot", "Δ accuracy")
+            pictures.append(chart)
+    return pictures
+
+
+def truncation_curve(run: RunResults) -> list[Picture]:
+    """Accuracy from the first k latents: the floor at k = 0, all of them at k = K."""
+    series = {}
+    for name in run.evaluation.causal:
+        curve, reading = _per_slot(run, name, "truncate", "accuracy"), run.evaluation.anchors.get(name)
+        if curve and reading is not None:
+            ends = {0: reading.floor, run.config.generator.latents: reading.latents}
+            series[name] = curve | _curve(ends)
+    if not series:
+        return []
+    caption = "Accuracy when an anchor reads only the first k latents; k = 0 is the floor, the question alone."
+    return [_curve_picture("truncation", caption, series, "k, latents kept", "accuracy", y_span=(0, 1.02))]
+
+
+def utility_curves(run: RunResults) -> list[Picture]:
+    """What each slot is worth alone, in nats."""
+    geometry = run.evaluation.geometry
+    if geometry is None or not geometry.utility_per_slot:
+        return []
+    series = {name: _curve(dict(enumerate(figures))) for name, figures in geometry.utility_per_slot.items()}
+    caption = "Utility of each slot alone: NLL(all zero) − NLL(only this slot). A slot helps from 0.05 nats on."
+    return [_curve_picture("utility", caption, series, "slot", "nats")]
+
+
+def training_curves(run: RunResults) -> list[Picture]:
+    """Loss terms, then NLL per anchor with the validation NLL."""
+    if not run.metrics:
+        return []
+    names = dict.fromkeys(name for entry in run.metrics for name in entry)
+    curve_of = {name: curve for name in names if (curve := _binned(run.metrics, name))}
+    terms = {name: c for name, c in curve_of.items() if "/" not in name and not _NO_LOSS.fullmatch(name)}
+    checks = {name.replace("_", " "): c for name, c in curve_of.items() if name.startswith("validation")}
+    readings = {name.removeprefix("nll/"): c for name, c in curve_of.items() if name.startswith("nll/")} | checks
+    width = _bin_width(run.metrics)
+    means = f" Each point is the mean of {width} steps." if width > 1 else ""
+    best = (run.evaluation.step, "evaluated checkpoint")
+    positive = all(value > 0 for curve in terms.values() for value, _, _ in curve.values())
+    pictures = []
+    if terms:
+        caption = f"Terms of the training loss, before their weights; `loss` is their weighted sum.{means}"
+        pictures.append(_curve_picture("loss", caption, terms, "step", "nats", log=positive, mark_x=best))
+    if readings:
+        caption = f"NLL of each anchor's answers on the training batches, and on validation images.{means}"
+        pictures.append(
+            _curve_picture("nll", caption, readings, "step", "nats per token", mark_x=best, marks_only=checks)
+        )
+    return pictures
+
+
+def slot_cosines(run: RunResults) -> list[Picture]:
+    """Mean cosine between every two slots of an image."""
+    geometry = run.evaluation.geometry
+    if geometry is None or not geometry.slot_cosine:
+        return []
+    values_KK = np.array(geometry.slot_cosine)
+    off_diagonal = values_KK[~np.eye(len(values_KK), dtype=bool)]
+    low, high, mean = (f"{f(off_diagonal):.3f}" for f in (np.min, np.max, np.mean)) if off_diagonal.size else ("–",) * 3
+    return [
+        _picture(
+            "slot-cosine",
+            f"Cosine between slots, mean over images; {mean} off the diagonal. Near 1: the slots say the same.",
+            f"Matrix of cosines of {len(values_KK)} slots; off the diagonal from {low} to {high}, mean {mean}.",
+            lambda _: matrix(values_KK, "cosine"),
+        )
+    ]
+
+
+def norm_charts(run: RunResults) -> list[Picture]:
+    """Norms of latents and image tokens, and of hidden states layer by layer."""
+    norms = run.evaluation.geometry.norms if run.evaluation.geometry is not None else {}
+    slots = {name: _plain(norms[key]) for key, name in _STATES.items() if norms.get(key)}
+    layers = {"hidden states": _plain(norms["hidden_by_layer"])} if norms.get("hidden_by_layer") else {}
+    return [
+        _curve_picture(name, caption, series, x, "mean ‖·‖")
+        for name, caption, series, x in (
+            ("norms", "Mean norm per slot, against the image tokens'.", slots, "slot"),
+            ("norms-by-layer", "Mean norm of the generator's hidden states, layer by layer.", layers, "layer"),
+        )
+        if series
+    ]
+
+
+def projections(run: RunResults) -> list[Picture]:
+    """PCA and t-SNE of latents, image and text states of one width, in one plane each."""
+    states = _states(run.arrays)
+    if "latents" not in states:
+        return []
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    together_PD = np.concatenate(list(states.values())).astype(np.float64)
+    cuts = np.cumsum([len(points) for points in states.values()])[:-1]
+    pca = PCA(n_components=2, random_state=0)
+    pca_P2 = pca.fit_transform(together_PD)
+    perplexity = min(30.0, (len(together_PD) - 1) / 3)
+    tsne_P2 = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(together_PD)
+    shares = [100 * share for share in pca.explained_variance_ratio_]
+    counts = ", ".join(f"{len(points)} of {_STATES[name]}" for name, points in states.items())
+    return [
+        _scatter_picture(
+            "pca",
+            f"PCA of the plain states; the two axes hold {shares[0]:.0f} % and {shares[1]:.0f} % of the variance.",
+            f"Scatter plot of two principal components ({shares[0]:.0f} % and {shares[1]:.0f} %): {counts}.",
+            dict(zip(states, np.split(pca_P2, cuts), strict=True)),
+            ("first component", "second component"),
+        ),
+        _scatter_picture(
+            "t-sne",
+            f"t-SNE of the same states, perplexity {perplexity:.0f}. Neighbourhoods mean something, distances do not.",
+            f"Scatter plot of a t-SNE: {counts}.",
+            dict(zip(states, np.split(tsne_P2, cuts), strict=True)),
+            ("", ""),
+        ),
+    ]
+
+
+def _states(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """(P, D) points by name, of images spread evenly over all; states of another width have no place in the plane."""
+    if "latents" not in arrays:
+        return {}
+    n_images, n_latents, width = arrays["latents"].shape
+    n_kept = max(1, min(n_images, _MOST_STATES // (n_latents + 2)))
+    kept = np.linspace(0, n_images - 1, n_kept).astype(int)
+    states = {name: arrays[name][kept].reshape(-1, arrays[name].shape[-1]) for name in _STATES if name in arrays}
+    return {name: points_PD for name, points_PD in states.items() if points_PD.shape[1] == width}
+
+
+def _scatter_picture(
+    name: str, caption: str, alt: str, points: Mapping[str, np.ndarray], axes: tuple[str, str]
+) -> Picture:
+    named = {_STATES[key]: points_P2 for key, points_P2 in points.items()}
+    return _picture(name, caption, alt, lambda theme: scatter(theme, named, *axes))
+
+
+def _curve_picture(
+    name: str, caption: str, series: Mapping[str, Curve], x_label: str, y_label: str, **options: Any
+) -> Picture:
+    ends = {name: (min(curve), max(curve)) for name, curve in series.items()}
+    numbers = "; ".join(
+        f"{name} from {series[name][first][0]:.3g} at {first:g} to {series[name][last][0]:.3g} at {last:g}"
+        for name, (first, last) in ends.items()
+    )
+    alt = f"Line chart of {y_label} over {x_label}: {numbers}."
+    return _picture(name, caption, alt, lambda theme: curves(theme, series, x_label, y_label, **options))
+
+
+def _picture(name: str, caption: str, alt: str, chart: Callable[[Theme], Chart]) -> Picture:
+    return Picture(name, caption, alt, *draw(chart))
+
+
+def _per_slot(run: RunResults, anchor: str, test: str, figure: str) -> Curve:
+    tests = run.evaluation.causal[anchor].tests.items()
+    matches = {match: figures for name, figures in tests if (match := _PER_SLOT.fullmatch(name)) and match[1] == test}
+    return _curve({int(match[2]): figures[figure] for match, figures in matches.items() if figure in figures})
+
+
+def _curve(figures: Mapping[int, Figure]) -> Curve:
+    return {x: triple for x, figure in figures.items() if (triple := _triple(figure))}
+
+
+def _plain(values: Sequence[float]) -> Curve:
+    return {float(x): (value, value, value) for x, value in enumerate(values)}
+
+
+def _triple(figure: Figure | None) -> Triple | None:
+    """Value and interval, None where the figure is absent or undefined; without an interval the value stands for it."""
+    if figure is None or figure.value is None:
+        return None
+    low = figure.value if figure.low is None else figure.low
+    high = figure.value if figure.high is None else figure.high
+    return figure.value, low, high
+
+
+def _binned(metrics: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    """Means over equal stretches of steps, at the first step of each; steps without the number are passed over."""
+    width = _bin_width(metrics)
+    stretches = (metrics[first : first + width] for first in range(0, len(metrics), width))
+    numbers = ([(e["step"], e[name]) for e in s if isinstance(e.get(name), int | float)] for s in stretches)
+    means = {stretch[0][0]: sum(value for _, value in stretch) / len(stretch) for stretch in numbers if stretch}
+    return {step: (mean, mean, mean) for step, mean in means.items()}
+
+
+def _bin_width(metrics: Sequence[Mapping[str, Any]]) -> int:
+    return max(1, -(-len(metrics) // _MOST_POINTS))

@@ -1,0 +1,164 @@
+"""What a run folder holds, checked when read: evaluation.json, arrays, metrics, config. Absent suites stay empty."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.config import Config
+from shared.errors import DataError
+from trainer.evaluation.reading import CONDITIONS
+from trainer.evaluation.run import EVALUATION_FILE, run_config
+from trainer.metrics import read_metrics
+
+ARRAYS_FILE = "evaluation_arrays.npz"
+_MAX_BYTES = 1 << 30
+
+
+class Part(BaseModel):
+    """Base of all parts of evaluation.json; what a newer suite adds is passed over."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Figure(Part):
+    """A value with its 95 % interval over images; None where it is undefined. n counts questions."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+Figures = dict[str, Figure]
+
+
+class Reading(Part):
+    """Exact match and NLL of one anchor under each condition."""
+
+    ceiling: Figure
+    latents: Figure
+    swapped: Figure
+    floor: Figure
+    recovered_share: Figure
+    nll: Figures = {}
+    first_token_nll: Figures = {}
+
+    @property
+    def headline(self) -> list[Figure]:
+        """In the order of CONDITIONS, then the recovered share."""
+        return [*(getattr(self, condition) for condition in CONDITIONS), self.recovered_share]
+
+
+class AnchorReading(Reading):
+    """The reading suite of one anchor."""
+
+    seen_in_training: bool
+    kinds: dict[str, Reading] = {}
+    held_out_kinds: Reading | None = None
+
+
+class Causal(Part):
+    """Causal tests of one anchor and what follows from them."""
+
+    verdict: str
+    reason: str
+    tests: dict[str, Figures]
+
+
+class Geometry(Part):
+    """How the latents lie. norms: lists by name, `hidden_by_layer` in the order of layers."""
+
+    figures: dict[str, Figure | float] = {}
+    slot_cosine: list[list[float]] = []
+    norms: dict[str, list[float]] = {}
+    utility_per_slot: dict[str, list[Figure]] = {}
+    probes: Figures = {}
+
+
+class Failure(Part):
+    """One question of the gallery with every anchor's answer."""
+
+    record: str
+    image: Path
+    question: str
+    kind: str
+    gold: str
+    answers: dict[str, str]
+    wrong: list[str]
+
+
+class Evaluation(Part):
+    """RUN/evaluation.json."""
+
+    checkpoint: str
+    step: int
+    split: str
+    images: int
+    seed: int
+    anchors: dict[str, AnchorReading] = Field(min_length=1)
+    causal: dict[str, Causal] = {}
+    controls: dict[str, dict[str, Figures]] = {}
+    geometry: Geometry | None = None
+    benchmarks: dict[str, dict[str, dict[str, Figure | float]]] = {}
+    gallery: list[Failure] = []
+
+
+@dataclass(frozen=True, slots=True)
+class RunResults:
+    """One run of a report. label: its name on the page, unique within the report."""
+
+    label: str
+    config: Config
+    evaluation: Evaluation
+    metrics: list[dict[str, Any]]
+    arrays: dict[str, np.ndarray]
+
+
+def load_results(run_dirs: Sequence[Path]) -> list[RunResults]:
+    """Everything about each run. Raises ConfigError or DataError naming file, field and remedy."""
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    labels = [name if names.count(name) == 1 else str(run_dir) for name, run_dir in zip(names, run_dirs, strict=True)]
+    if len(set(labels)) < len(labels):
+        raise DataError(f"{', '.join(labels)}: a run is given twice; give each run folder once")
+    return [
+        RunResults(label, run_config(run_dir), _evaluation(run_dir), read_metrics(run_dir), _arrays(run_dir))
+        for label, run_dir in zip(labels, run_dirs, strict=True)
+    ]
+
+
+def _evaluation(run_dir: Path) -> Evaluation:
+    path = run_dir / EVALUATION_FILE
+    remedy = f"measure again: python -m trainer evaluate {run_dir}"
+    if not path.is_file():
+        raise DataError(f"{path}: absent; {remedy.replace('measure again', 'measure first')}")
+    _check_size(path)
+    try:
+        return Evaluation.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DataError(f"{path}: {field}: {first['msg']}; {remedy}") from error
+
+
+def _arrays(run_dir: Path) -> dict[str, np.ndarray]:
+    path = run_dir / ARRAYS_FILE
+    if not path.is_file():
+        return {}
+    _check_size(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not an array file ({error}); delete it and measure again") from error
+
+
+def _check_size(path: Path) -> None:
+    if path.stat().st_size > _MAX_BYTES:
+        raise DataError(f"{path}: larger than {_MAX_BYTES >> 30} GiB, which no evaluation writes; measure again")

@@ -1,0 +1,181 @@
+"""The sections of the page, each from all runs; a section that no run has numbers for is None."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import metadata
+
+from shared.config import dump_config
+from shared.errors import VisualLatentsError
+from trainer.report import charts, tables
+from trainer.report.attention import RULES, AttentionRule
+from trainer.report.images import attention_pictures, gallery
+from trainer.report.page import Listing, Picture, Section, Table
+from trainer.report.results import ARRAYS_FILE, Evaluation, RunResults
+
+_PACKAGES = ("visual-latents", "torch", "transformers", "peft", "ray", "numpy", "scikit-learn", "matplotlib")
+_SUITES: dict[str, Callable[[Evaluation], object]] = {
+    "causal": lambda evaluation: evaluation.causal,
+    "controls": lambda evaluation: evaluation.controls,
+    "geometry": lambda evaluation: evaluation.geometry,
+    "benchmarks": lambda evaluation: evaluation.benchmarks,
+}
+
+
+def build_sections(runs: Sequence[RunResults], rule: AttentionRule) -> tuple[list[Section], list[str]]:
+    """Sections in the order of the page, and one line for each part that a run lacks, with the way to get it."""
+    attention, refused = _attention(runs, rule)
+    sections = [
+        _reading(runs),
+        _causal(runs),
+        _controls(runs),
+        _geometry(runs),
+        _states(runs),
+        attention,
+        _training(runs),
+        _benchmarks(runs),
+        _gallery(runs),
+        _reproduce(runs, rule),
+    ]
+    return [section for section in sections if section is not None], [*_absent(runs), *refused]
+
+
+def _reading(runs: Sequence[RunResults]) -> Section:
+    return Section(
+        "Reading",
+        "Each anchor answers the same questions from the real image (ceiling), from the latents, from the latents of "
+        "another image (swapped), and from the question alone (floor). Recovered share = (latents − floor) / "
+        "(ceiling − floor): 1 means that the latents serve as well as the image, 0 that they say nothing.",
+        [tables.headline(runs), tables.by_kind(runs), tables.nll(runs)],
+    )
+
+
+def _causal(runs: Sequence[RunResults]) -> Section | None:
+    span = charts.causal_span(runs)
+    pictures = _each(
+        runs, lambda run: [*charts.causal_bars(run, span), *charts.truncation_curve(run), *charts.slot_curves(run)]
+    )
+    return _unless_empty(
+        Section(
+            "Causal tests",
+            "The latents' content is swapped and everything else stays. Latents are used if another image's latents "
+            "and random ones cost most of the recovered share, and inert if they cost nothing.",
+            [tables.verdicts(runs), tables.causal(runs)],
+            pictures,
+        )
+    )
+
+
+def _controls(runs: Sequence[RunResults]) -> Section | None:
+    intro = "What the generator looks at is replaced or disturbed; Δ is against the undisturbed image."
+    return _unless_empty(Section("Image controls", intro, [tables.controls(runs)]))
+
+
+def _geometry(runs: Sequence[RunResults]) -> Section | None:
+    pictures = _each(
+        runs, lambda run: [*charts.slot_cosines(run), *charts.norm_charts(run), *charts.utility_curves(run)]
+    )
+    intro = "How the latents lie. Read it beside the causal tests: geometry alone says nothing about use."
+    return _unless_empty(Section("Geometry", intro, [tables.geometry(runs)], pictures))
+
+
+def _states(runs: Sequence[RunResults]) -> Section | None:
+    intro = "Latents, image tokens and text states of test images, brought to two dimensions together."
+    return _unless_empty(Section("State space", intro, pictures=_each(runs, charts.projections)))
+
+
+def _attention(runs: Sequence[RunResults], rule: AttentionRule) -> tuple[Section | None, list[str]]:
+    refused = []
+
+    def pictures(run: RunResults) -> list[Picture]:
+        try:
+            return attention_pictures(run, rule)
+        except VisualLatentsError as error:
+            refused.append(f"{run.label}: no attention maps: {error}")
+            return []
+
+    intro = f"Where in the image the K latent positions of the generator look: {RULES[rule]}. Other rules: --attention."
+    return _unless_empty(Section("Attention", intro, pictures=_each(runs, pictures))), refused
+
+
+def _training(runs: Sequence[RunResults]) -> Section | None:
+    intro = "From metrics.jsonl. A falling loss alone proves nothing about the latents."
+    return _unless_empty(Section("Training", intro, pictures=_each(runs, charts.training_curves)))
+
+
+def _benchmarks(runs: Sequence[RunResults]) -> Section | None:
+    return _unless_empty(Section("Benchmarks", "From local files, with official metrics.", [tables.benchmarks(runs)]))
+
+
+def _gallery(runs: Sequence[RunResults]) -> Section | None:
+    """Of the first run alone: failures of several runs are about different questions."""
+    cards = gallery(runs[0].evaluation.gallery)
+    whose = f" of {runs[0].label}" if len(runs) > 1 else ""
+    shown = f"{len(cards)} of {len(runs[0].evaluation.gallery)} questions{whose} that at least one anchor got wrong."
+    return _unless_empty(Section("Failures", shown, cards=cards))
+
+
+def _reproduce(runs: Sequence[RunResults], rule: AttentionRule) -> Section:
+    folders = [str(run.config.run.dir) for run in runs]
+    commands = [
+        line
+        for folder in folders
+        for line in (
+            f"python -m trainer train --config {folder}/config.yaml --set run.dir=NEW_FOLDER",
+            f"python -m trainer evaluate {folder}",
+        )
+    ]
+    commands.append(f"python -m trainer report {' '.join(folders)} --attention {rule}")
+    return Section(
+        "Reproduce",
+        "The commands that lead to these numbers; versions are those of the environment that wrote this page.",
+        listings=[
+            Listing("Commands", "\n".join(commands)),
+            Listing("Versions", "\n".join(_versions())),
+            *(Listing(f"Config of {run.label}", dump_config(run.config), folded=True) for run in runs),
+        ],
+    )
+
+
+def _versions() -> list[str]:
+    return [f"python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in _PACKAGES)]
+
+
+def _absent(runs: Sequence[RunResults]) -> list[str]:
+    lines = []
+    for run in runs:
+        evaluate = f"python -m trainer evaluate {run.config.run.dir}"
+        missing = [name for name, part in _SUITES.items() if not part(run.evaluation)]
+        lines += [f"{run.label}: the {name} suite: {evaluate} --suite {name}" for name in missing]
+        if "latents" not in run.arrays:
+            lines.append(f"{run.label}: PCA and t-SNE, drawn from {ARRAYS_FILE}: {evaluate} --suite geometry")
+        if not run.metrics:
+            lines.append(f"{run.label}: training curves: metrics.jsonl is not in the run folder; train writes it")
+        if not run.evaluation.gallery:
+            lines.append(f"{run.label}: the failure gallery: {evaluate} --suite reading")
+    return lines
+
+
+def _each(runs: Sequence[RunResults], pictures_of: Callable[[RunResults], list[Picture]]) -> list[Picture]:
+    """Pictures of all runs, the same chart of each run side by side, named after their run if there are several."""
+    if len(runs) == 1:
+        return pictures_of(runs[0])
+    by_name: dict[str, list[Picture]] = {}
+    for i, run in enumerate(runs, start=1):
+        slug = f"{i}-{re.sub(r'[^A-Za-z0-9.-]+', '-', run.label).strip('-.')}"
+        for p in pictures_of(run):
+            named = replace(
+                p, name=f"{slug}-{p.name}", caption=f"{run.label}: {p.caption}", alt=f"{run.label}: {p.alt}"
+            )
+            by_name.setdefault(p.name, []).append(named)
+    return [picture for pictures in by_name.values() for picture in pictures]
+
+
+def _unless_empty(section: Section) -> Section | None:
+    filled: list[Table] = [table for table in section.tables if table.rows]
+    if not (filled or section.pictures or section.cards):
+        return None
+    return replace(section, tables=filled)

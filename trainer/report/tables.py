@@ -1,0 +1,162 @@
+"""Tables of the report: the same rows for all runs, one block of columns for each run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from trainer.evaluation.reading import CONDITIONS
+from trainer.report.page import Cell, Table
+from trainer.report.results import Figure, Figures, RunResults
+
+_ABSENT = Cell("–")
+_SWAP_COLUMNS = {
+    "accuracy": "accuracy",
+    "delta_accuracy": "Δ accuracy",
+    "delta_nll": "Δ NLL",
+    "flip_share": "flips",
+    "recovered_share": "recovered share",
+}
+
+
+def cell(figure: Figure | float) -> Cell:
+    """A value, with its interval if it has one."""
+    if isinstance(figure, float):
+        return Cell(f"{figure:.3f}")
+    if figure.value is None:
+        return Cell("undefined")
+    if figure.low is None or figure.high is None:
+        return Cell(f"{figure.value:.3f}")
+    return Cell(f"{figure.value:.3f}", f"[{figure.low:.3f}, {figure.high:.3f}]")
+
+
+def headline(runs: Sequence[RunResults]) -> Table:
+    """Exact match under the four conditions and the recovered share; held-out kinds in lines of their own."""
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        cells = {}
+        for name, reading in run.evaluation.anchors.items():
+            label = name if reading.seen_in_training else f"{name} (unseen)"
+            cells[label] = [cell(figure) for figure in reading.headline]
+            if reading.held_out_kinds is not None:
+                cells[f"{label}, held-out kinds"] = [cell(figure) for figure in reading.held_out_kinds.headline]
+        return cells
+
+    return _table("Exact match, 95 % intervals over images", [*CONDITIONS, "recovered share"], runs, rows)
+
+
+def by_kind(runs: Sequence[RunResults]) -> Table:
+    """Every figure of the headline by kind of question."""
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        return {
+            f"{kind} · {name}": [cell(figure) for figure in reading.headline]
+            for name, anchor in run.evaluation.anchors.items()
+            for kind, reading in anchor.kinds.items()
+        }
+
+    return _table("Exact match by kind of question", [*CONDITIONS, "recovered share"], runs, rows, folded=True)
+
+
+def nll(runs: Sequence[RunResults]) -> Table:
+    """NLL of the whole answer and of its first token."""
+    columns = [*CONDITIONS, *(f"{condition}, first token" for condition in CONDITIONS)]
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        return {
+            name: [
+                _entry(figures, condition)
+                for figures in (reading.nll, reading.first_token_nll)
+                for condition in CONDITIONS
+            ]
+            for name, reading in run.evaluation.anchors.items()
+        }
+
+    return _table("NLL in nats per token", columns, runs, rows, folded=True)
+
+
+def verdicts(runs: Sequence[RunResults]) -> Table:
+    """Whether each anchor uses the latents, and why that is concluded."""
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        return {name: [Cell(causal.verdict, causal.reason)] for name, causal in run.evaluation.causal.items()}
+
+    return _table("Are the latents used?", ["verdict"], runs, rows)
+
+
+def causal(runs: Sequence[RunResults]) -> Table:
+    """Every causal test of every anchor."""
+    return _swaps("All causal tests", runs, lambda run: {n: c.tests for n, c in run.evaluation.causal.items()}, True)
+
+
+def controls(runs: Sequence[RunResults]) -> Table:
+    """Image controls and perturbations of every anchor."""
+    return _swaps("Image controls and perturbations", runs, lambda run: run.evaluation.controls, False)
+
+
+def geometry(runs: Sequence[RunResults]) -> Table:
+    """Figures of geometry, the linear probes among them."""
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        if run.evaluation.geometry is None:
+            return {}
+        figures = {name: [cell(figure)] for name, figure in run.evaluation.geometry.figures.items()}
+        probes = {f"probe: {name}": [cell(figure)] for name, figure in run.evaluation.geometry.probes.items()}
+        return _readable(figures | probes)
+
+    return _table("Geometry and linear probes", ["value"], runs, rows)
+
+
+def benchmarks(runs: Sequence[RunResults]) -> Table:
+    """Official metrics of public benchmarks, per anchor."""
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        return {
+            f"{benchmark} · {name} · {metric}": [cell(figure)]
+            for benchmark, by_anchor in run.evaluation.benchmarks.items()
+            for name, metrics in by_anchor.items()
+            for metric, figure in metrics.items()
+        }
+
+    return _table("Benchmarks, official metrics", ["value"], runs, rows)
+
+
+def _table(
+    title: str,
+    columns: Sequence[str],
+    runs: Sequence[RunResults],
+    rows_of: Callable[[RunResults], Mapping[str, list[Cell]]],
+    *,
+    folded: bool = False,
+) -> Table:
+    """Rows of any run, in order of first appearance; a run without the row gets dashes."""
+    by_run = [rows_of(run) for run in runs]
+    names = dict.fromkeys(name for rows in by_run for name in rows)
+    blank = [_ABSENT] * len(columns)
+    joined = {name: [entry for rows in by_run for entry in rows.get(name, blank)] for name in names}
+    return Table(title, [run.label for run in runs], columns, joined, folded)
+
+
+def _swaps(
+    title: str,
+    runs: Sequence[RunResults],
+    tests_of: Callable[[RunResults], Mapping[str, Mapping[str, Figures]]],
+    folded: bool,
+) -> Table:
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        return _readable(
+            {
+                f"{test} · {name}": [_entry(figures, column) for column in _SWAP_COLUMNS]
+                for name, tests in tests_of(run).items()
+                for test, figures in tests.items()
+            }
+        )
+
+    return _table(title, list(_SWAP_COLUMNS.values()), runs, rows, folded=folded)
+
+
+def _entry(figures: Figures, name: str) -> Cell:
+    return cell(figures[name]) if name in figures else _ABSENT
+
+
+def _readable(rows: dict[str, list[Cell]]) -> dict[str, list[Cell]]:
+    return {name.replace("_", " "): cells for name, cells in rows.items()}
