@@ -14,47 +14,64 @@ from matplotlib.figure import Figure as Chart
 
 from trainer.report.drawing import Theme, Triple, bars, curves, draw, matrix, scatter
 from trainer.report.page import Picture
-from trainer.report.results import Figure, RunResults
+from trainer.report.results import Figure, Figures, RunResults
 
 Curve = dict[float, Triple]
 _PER_SLOT = re.compile(r"(zero_slot|keep_one|truncate)_(\d+)")
 _NO_LOSS = re.compile(r"step|grad_norm|lr_.*|.*_ms|images_per_s|anchors|microbatches|validation.*")
 _MOST_POINTS = 200
 _MOST_STATES = 1500
-_STATES = {"latents": "latents", "image_tokens": "image (mean of its tokens)", "text_states": "text (answer position)"}
+_STATES = {"latents": "latents", "image_tokens": "image tokens", "text_states": "text states"}
 
 
 def causal_bars(run: RunResults, span: tuple[float, float]) -> list[Picture]:
     """Δ accuracy of every test that is not about one slot or a number of slots."""
-    series = {name: deltas for name in run.evaluation.causal if (deltas := _deltas(run, name))}
-    if not series:
-        return []
-    numbers = "; ".join(
-        f"{name}: " + ", ".join(f"{test} {triple[0]:+.3f}" for test, triple in deltas.items())
-        for name, deltas in series.items()
+    caption = (
+        "What each swap of the latents costs in accuracy, with 95 % intervals. Far left of 0: the content matters."
     )
-    return [
-        _picture(
-            "causal",
-            "What each swap of the latents costs in accuracy, with 95 % intervals. Far left of 0: the content matters.",
-            f"Bar chart of the change in accuracy per causal test and anchor. {numbers}.",
-            lambda theme: bars(theme, series, "Δ accuracy against the plain latents", span),
-        )
-    ]
+    return _delta_bars("causal", caption, _causal_deltas(run), span)
 
 
-def causal_span(runs: Sequence[RunResults]) -> tuple[float, float]:
-    """One scale for the causal charts of all runs."""
-    ends = [v for run in runs for name in run.evaluation.causal for t in _deltas(run, name).values() for v in t]
+def control_bars(run: RunResults, span: tuple[float, float]) -> list[Picture]:
+    """Δ accuracy of every image control and perturbation."""
+    caption = "What each change of the image costs in accuracy, with 95 % intervals."
+    return _delta_bars("controls", caption, _control_deltas(run), span)
+
+
+def delta_span(runs: Sequence[RunResults]) -> tuple[float, float]:
+    """One scale for the bars of all runs."""
+    series = [deltas for run in runs for of in (_causal_deltas, _control_deltas) for deltas in of(run).values()]
+    ends = [end for deltas in series for triple in deltas.values() for end in triple]
     return min([*ends, -0.1]) - 0.03, max([*ends, 0.02]) + 0.03
 
 
-def _deltas(run: RunResults, anchor: str) -> dict[str, Triple]:
+def _causal_deltas(run: RunResults) -> dict[str, dict[str, Triple]]:
+    return {n: deltas for n, causal in run.evaluation.causal.items() if (deltas := _deltas(causal.tests))}
+
+
+def _control_deltas(run: RunResults) -> dict[str, dict[str, Triple]]:
+    return {n: deltas for n, tests in run.evaluation.controls.items() if (deltas := _deltas(tests))}
+
+
+def _deltas(tests: Mapping[str, Figures]) -> dict[str, Triple]:
     return {
-        test.replace("_", " "): triple
-        for test, figures in run.evaluation.causal[anchor].tests.items()
-        if not _PER_SLOT.fullmatch(test) and (triple := _triple(figures.get("delta_accuracy")))
+        name.replace("_", " "): triple
+        for name, figures in tests.items()
+        if not _PER_SLOT.fullmatch(name) and (triple := _triple(figures.get("delta_accuracy")))
     }
+
+
+def _delta_bars(
+    name: str, caption: str, series: Mapping[str, Mapping[str, Triple]], span: tuple[float, float]
+) -> list[Picture]:
+    if not series:
+        return []
+    numbers = "; ".join(
+        f"{anchor}: " + ", ".join(f"{test} {triple[0]:+.3f}" for test, triple in deltas.items())
+        for anchor, deltas in series.items()
+    )
+    alt = f"Bar chart of the change in accuracy per test and anchor. {numbers}."
+    return [_picture(name, caption, alt, lambda theme: bars(theme, series, "Δ accuracy", span))]
 
 
 def slot_curves(run: RunResults) -> list[Picture]:
@@ -112,8 +129,8 @@ def training_curves(run: RunResults) -> list[Picture]:
     positive = all(value > 0 for curve in terms.values() for value, _, _ in curve.values())
     pictures = []
     if terms:
-        caption = f"Terms of the training loss, before their weights; `loss` is their weighted sum.{means}"
-        pictures.append(_curve_picture("loss", caption, terms, "step", "nats", log=positive, mark_x=best))
+        caption = f"Terms of the training loss, before their weights; loss is the weighted sum.{means}"
+        pictures.append(_curve_picture("loss", caption, terms, "step", "loss", log=positive, mark_x=best))
     if readings:
         caption = f"NLL of each anchor's answers on the training batches, and on validation images.{means}"
         pictures.append(

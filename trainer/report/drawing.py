@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Chart
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -23,6 +24,7 @@ from PIL import Image
 WIDTH_INCHES = 4.6
 _DOTS_PER_INCH = 200
 _MARKERS = "os^DvPX*"
+_HEAT = LinearSegmentedColormap.from_list("heat", [(0.84, 0.37, 0.0, 0.0), (0.84, 0.37, 0.0, 0.85)])
 _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oooo", "----")
 
 
@@ -79,7 +81,7 @@ def bars(theme: Theme, series: Mapping[str, Mapping[str, Triple]], label: str, s
     axes.grid(visible=False, axis="y")
     axes.set_xlim(*span)
     axes.set_xlabel(label)
-    _legend(chart, len(series))
+    _legend(chart, series)
     return chart
 
 
@@ -114,7 +116,7 @@ def curves(
         axes.axvline(mark_x[0], label=mark_x[1], color=theme.text, linewidth=1, linestyle="dashed")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log else "linear", ylim=y_span)
-    _legend(chart, len(series))
+    _legend(chart, series)
     return chart
 
 
@@ -135,7 +137,7 @@ def matrix(values_MN: np.ndarray, label: str) -> Chart:
 
 
 def scatter(theme: Theme, points: Mapping[str, np.ndarray], x_label: str, y_label: str) -> Chart:
-    """Two-dimensional points (P, 2) by name; large groups are drawn smaller and first."""
+    """Two-dimensional points (P, 2) by name, smaller the more there are; axes without labels have no numbers."""
     chart, axes = _axes(3.9)
     for i, (name, points_P2) in enumerate(points.items()):
         axes.scatter(
@@ -150,12 +152,14 @@ def scatter(theme: Theme, points: Mapping[str, np.ndarray], x_label: str, y_labe
             zorder=2 + i,
         )
     axes.set(xlabel=x_label, ylabel=y_label)
-    _legend(chart, len(points))
+    if not (x_label or y_label):
+        axes.set(xticks=[], yticks=[])
+    _legend(chart, points)
     return chart
 
 
 def heat_tiles(image: Image.Image, heats_IJ: Mapping[str, np.ndarray], label: str) -> Chart:
-    """The image, then the image in grey under each heat map; one colour scale from 0 for all of them."""
+    """The image, then the image made pale under each heat map; one scale for all, from clear at 0."""
     n_columns = 4
     n_rows = -(-(1 + len(heats_IJ)) // n_columns)
     chart = Chart(figsize=(WIDTH_INCHES, 1.35 * n_rows + 0.5), layout="constrained")
@@ -163,12 +167,13 @@ def heat_tiles(image: Image.Image, heats_IJ: Mapping[str, np.ndarray], label: st
     for tile in tiles:
         tile.set_axis_off()
     extent = (0, image.width, image.height, 0)
+    pale = Image.blend(image, Image.new("RGB", image.size, "white"), 0.6)
     tiles[0].imshow(image, extent=extent)
     tiles[0].set_title("image")
     highest = max(float(heat.max()) for heat in heats_IJ.values())
     for tile, (name, heat_IJ) in zip(tiles[1:], heats_IJ.items(), strict=False):
-        tile.imshow(image.convert("L"), extent=extent, cmap="gray", vmin=0, vmax=255)
-        drawn = tile.imshow(heat_IJ, extent=extent, cmap="inferno", vmin=0, vmax=highest, alpha=0.65)
+        tile.imshow(pale, extent=extent)
+        drawn = tile.imshow(heat_IJ, extent=extent, cmap=_HEAT, vmin=0, vmax=highest)
         tile.set_title(name)
     chart.colorbar(drawn, ax=tiles, orientation="horizontal", aspect=40, shrink=0.8).set_label(label)
     return chart
@@ -179,8 +184,8 @@ def _axes(height_inches: float) -> tuple[Chart, Axes]:
     return chart, chart.subplots()
 
 
-def _legend(chart: Chart, n_series: int) -> None:
-    chart.legend(loc="outside upper center", ncols=min(n_series, 3), frameon=False)
+def _legend(chart: Chart, names: Collection[str]) -> None:
+    chart.legend(loc="outside upper center", ncols=3 if max(map(len, names)) <= 16 else 2, frameon=False)
 
 
 def _colour(theme: Theme, i: int) -> str:

@@ -27,13 +27,17 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of cells under `columns`, repeated for each run of `blocks`; every row has blocks × columns cells."""
+    """Rows of cells under `columns`, repeated for each run of `blocks`; every row has blocks × columns cells.
+
+    words: cells are text, not numbers. folded: closed until it is opened.
+    """
 
     title: str
     blocks: Sequence[str]
     columns: Sequence[str]
     rows: Mapping[str, Sequence[Cell]]
     folded: bool = False
+    words: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.config import Config
 from shared.errors import DataError
-from trainer.evaluation.reading import CONDITIONS
 from trainer.evaluation.run import EVALUATION_FILE, run_config
 from trainer.metrics import read_metrics
 
@@ -49,11 +48,6 @@ class Reading(Part):
     recovered_share: Figure
     nll: Figures = {}
     first_token_nll: Figures = {}
-
-    @property
-    def headline(self) -> list[Figure]:
-        """In the order of CONDITIONS, then the recovered share."""
-        return [*(getattr(self, condition) for condition in CONDITIONS), self.recovered_share]
 
 
 class AnchorReading(Reading):

@@ -44,17 +44,18 @@ def build_sections(runs: Sequence[RunResults], rule: AttentionRule) -> tuple[lis
 
 
 def _reading(runs: Sequence[RunResults]) -> Section:
+    compared = [tables.recovered_shares(runs)] if len(runs) > 1 else []
     return Section(
         "Reading",
         "Each anchor answers the same questions from the real image (ceiling), from the latents, from the latents of "
         "another image (swapped), and from the question alone (floor). Recovered share = (latents − floor) / "
         "(ceiling − floor): 1 means that the latents serve as well as the image, 0 that they say nothing.",
-        [tables.headline(runs), tables.by_kind(runs), tables.nll(runs)],
+        [*compared, tables.headline(runs), tables.by_kind(runs), tables.nll(runs)],
     )
 
 
 def _causal(runs: Sequence[RunResults]) -> Section | None:
-    span = charts.causal_span(runs)
+    span = charts.delta_span(runs)
     pictures = _each(
         runs, lambda run: [*charts.causal_bars(run, span), *charts.truncation_curve(run), *charts.slot_curves(run)]
     )
@@ -70,8 +71,10 @@ def _causal(runs: Sequence[RunResults]) -> Section | None:
 
 
 def _controls(runs: Sequence[RunResults]) -> Section | None:
+    span = charts.delta_span(runs)
     intro = "What the generator looks at is replaced or disturbed; Δ is against the undisturbed image."
-    return _unless_empty(Section("Image controls", intro, [tables.controls(runs)]))
+    pictures = _each(runs, lambda run: charts.control_bars(run, span))
+    return _unless_empty(Section("Image controls", intro, [tables.controls(runs)], pictures))
 
 
 def _geometry(runs: Sequence[RunResults]) -> Section | None:
@@ -125,7 +128,7 @@ def _reproduce(runs: Sequence[RunResults], rule: AttentionRule) -> Section:
         for folder in folders
         for line in (
             f"python -m trainer train --config {folder}/config.yaml --set run.dir=NEW_FOLDER",
-            f"python -m trainer evaluate {folder}",
+            f"python -m trainer evaluate {folder} --suite all",
         )
     ]
     commands.append(f"python -m trainer report {' '.join(folders)} --attention {rule}")

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from trainer.evaluation.reading import CONDITIONS
 from trainer.report.page import Cell, Table
-from trainer.report.results import Figure, Figures, RunResults
+from trainer.report.results import Figure, Figures, Reading, RunResults
 
 _ABSENT = Cell("–")
+_HEADLINE_COLUMNS = [*CONDITIONS, "recovered share", "questions"]
 _SWAP_COLUMNS = {
     "accuracy": "accuracy",
     "delta_accuracy": "Δ accuracy",
@@ -21,12 +22,12 @@ _SWAP_COLUMNS = {
 def cell(figure: Figure | float) -> Cell:
     """A value, with its interval if it has one."""
     if isinstance(figure, float):
-        return Cell(f"{figure:.3f}")
+        return Cell(_number(figure))
     if figure.value is None:
         return Cell("undefined")
     if figure.low is None or figure.high is None:
-        return Cell(f"{figure.value:.3f}")
-    return Cell(f"{figure.value:.3f}", f"[{figure.low:.3f}, {figure.high:.3f}]")
+        return Cell(_number(figure.value))
+    return Cell(_number(figure.value), f"[{_number(figure.low)}, {_number(figure.high)}]")
 
 
 def headline(runs: Sequence[RunResults]) -> Table:
@@ -36,12 +37,21 @@ def headline(runs: Sequence[RunResults]) -> Table:
         cells = {}
         for name, reading in run.evaluation.anchors.items():
             label = name if reading.seen_in_training else f"{name} (unseen)"
-            cells[label] = [cell(figure) for figure in reading.headline]
+            cells[label] = _headline_cells(reading)
             if reading.held_out_kinds is not None:
-                cells[f"{label}, held-out kinds"] = [cell(figure) for figure in reading.held_out_kinds.headline]
+                cells[f"{label}, held-out kinds"] = _headline_cells(reading.held_out_kinds)
         return cells
 
-    return _table("Exact match, 95 % intervals over images", [*CONDITIONS, "recovered share"], runs, rows)
+    return _table("Exact match, 95 % intervals over images", _HEADLINE_COLUMNS, runs, rows)
+
+
+def recovered_shares(runs: Sequence[RunResults]) -> Table:
+    """The one figure to compare runs by."""
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        return {name: [cell(reading.recovered_share)] for name, reading in run.evaluation.anchors.items()}
+
+    return _table("Run against run", ["recovered share"], runs, rows)
 
 
 def by_kind(runs: Sequence[RunResults]) -> Table:
@@ -49,12 +59,12 @@ def by_kind(runs: Sequence[RunResults]) -> Table:
 
     def rows(run: RunResults) -> dict[str, list[Cell]]:
         return {
-            f"{kind} · {name}": [cell(figure) for figure in reading.headline]
+            f"{kind} · {name}": _headline_cells(reading)
             for name, anchor in run.evaluation.anchors.items()
             for kind, reading in anchor.kinds.items()
         }
 
-    return _table("Exact match by kind of question", [*CONDITIONS, "recovered share"], runs, rows, folded=True)
+    return _table("Exact match by kind of question", _HEADLINE_COLUMNS, runs, rows, folded=True)
 
 
 def nll(runs: Sequence[RunResults]) -> Table:
@@ -78,19 +88,19 @@ def verdicts(runs: Sequence[RunResults]) -> Table:
     """Whether each anchor uses the latents, and why that is concluded."""
 
     def rows(run: RunResults) -> dict[str, list[Cell]]:
-        return {name: [Cell(causal.verdict, causal.reason)] for name, causal in run.evaluation.causal.items()}
+        return {name: [Cell(causal.verdict), Cell(causal.reason)] for name, causal in run.evaluation.causal.items()}
 
-    return _table("Are the latents used?", ["verdict"], runs, rows)
+    return _table("Are the latents used?", ["verdict", "why"], runs, rows, words=True)
 
 
 def causal(runs: Sequence[RunResults]) -> Table:
     """Every causal test of every anchor."""
-    return _swaps("All causal tests", runs, lambda run: {n: c.tests for n, c in run.evaluation.causal.items()}, True)
+    return _swaps("All causal tests", runs, lambda run: {n: c.tests for n, c in run.evaluation.causal.items()})
 
 
 def controls(runs: Sequence[RunResults]) -> Table:
     """Image controls and perturbations of every anchor."""
-    return _swaps("Image controls and perturbations", runs, lambda run: run.evaluation.controls, False)
+    return _swaps("Image controls and perturbations", runs, lambda run: run.evaluation.controls)
 
 
 def geometry(runs: Sequence[RunResults]) -> Table:
@@ -110,12 +120,14 @@ def benchmarks(runs: Sequence[RunResults]) -> Table:
     """Official metrics of public benchmarks, per anchor."""
 
     def rows(run: RunResults) -> dict[str, list[Cell]]:
-        return {
-            f"{benchmark} · {name} · {metric}": [cell(figure)]
-            for benchmark, by_anchor in run.evaluation.benchmarks.items()
-            for name, metrics in by_anchor.items()
-            for metric, figure in metrics.items()
-        }
+        return _readable(
+            {
+                f"{benchmark} · {name} · {metric}": [cell(figure)]
+                for benchmark, by_anchor in run.evaluation.benchmarks.items()
+                for name, metrics in by_anchor.items()
+                for metric, figure in metrics.items()
+            }
+        )
 
     return _table("Benchmarks, official metrics", ["value"], runs, rows)
 
@@ -127,20 +139,20 @@ def _table(
     rows_of: Callable[[RunResults], Mapping[str, list[Cell]]],
     *,
     folded: bool = False,
+    words: bool = False,
 ) -> Table:
     """Rows of any run, in order of first appearance; a run without the row gets dashes."""
     by_run = [rows_of(run) for run in runs]
     names = dict.fromkeys(name for rows in by_run for name in rows)
     blank = [_ABSENT] * len(columns)
     joined = {name: [entry for rows in by_run for entry in rows.get(name, blank)] for name in names}
-    return Table(title, [run.label for run in runs], columns, joined, folded)
+    return Table(title, [run.label for run in runs], columns, joined, folded, words)
 
 
 def _swaps(
     title: str,
     runs: Sequence[RunResults],
     tests_of: Callable[[RunResults], Mapping[str, Mapping[str, Figures]]],
-    folded: bool,
 ) -> Table:
     def rows(run: RunResults) -> dict[str, list[Cell]]:
         return _readable(
@@ -151,7 +163,16 @@ def _swaps(
             }
         )
 
-    return _table(title, list(_SWAP_COLUMNS.values()), runs, rows, folded=folded)
+    return _table(title, list(_SWAP_COLUMNS.values()), runs, rows, folded=True)
+
+
+def _headline_cells(reading: Reading) -> list[Cell]:
+    figures = [*(getattr(reading, condition) for condition in CONDITIONS), reading.recovered_share]
+    return [*(cell(figure) for figure in figures), Cell("–" if reading.latents.n is None else str(reading.latents.n))]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−")
 
 
 def _entry(figures: Figures, name: str) -> Cell:
