@@ -137,7 +137,7 @@ def matrix(values_MN: np.ndarray, label: str) -> Chart:
 
 
 def scatter(theme: Theme, points: Mapping[str, np.ndarray], x_label: str, y_label: str) -> Chart:
-    """Two-dimensional points (P, 2) by name, smaller the more there are; axes without labels have no numbers."""
+    """Two-dimensional points (P, 2) by name, smaller the more there are; without labels there are no axes."""
     chart, axes = _axes(3.9)
     for i, (name, points_P2) in enumerate(points.items()):
         axes.scatter(
@@ -153,7 +153,7 @@ def scatter(theme: Theme, points: Mapping[str, np.ndarray], x_label: str, y_labe
         )
     axes.set(xlabel=x_label, ylabel=y_label)
     if not (x_label or y_label):
-        axes.set(xticks=[], yticks=[])
+        axes.set_axis_off()
     _legend(chart, points)
     return chart
 
