@@ -71,6 +71,10 @@ class AnchorActor:
         """See `FrozenAnchor.read_images`; evaluation only."""
         return pack_reply(self._anchor.read_images(request_id, images, questions), self._process_token)
 
+    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int]) -> np.ndarray:
+        """See `FrozenAnchor.embed_images`; evaluation only."""
+        return self._anchor.embed_images(images, grid).numpy()
+
     def facts(self) -> ProcessFacts:
         """Process id, host and peak memory."""
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

@@ -9,6 +9,7 @@ import contextlib
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -26,9 +27,15 @@ from shared.messages import (
     ReadRequest,
     ReadTimings,
 )
-from shared.packing import Media, latent_media, unpack
-from shared.reading import AnswerScores, mean_answer_weights, pack_questions, score_answers
-from shared.vlm import CachedPrefix, VisionLanguageModel, load_vlm
+from shared.packing import Media, PackedRows, latent_media, unpack
+from shared.reading import (
+    AnswerScores,
+    mean_answer_weights,
+    pack_questions,
+    pack_questions_without_image,
+    score_answers,
+)
+from shared.vlm import CachedPrefix, VisionLanguageModel, load_vlm, pooled_image_tokens
 
 AdapterOff = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -87,11 +94,10 @@ class FrozenAnchor:
         with self._adapter_off(), self._memory_limit_named(request.questions), torch.set_grad_enabled(wants_gradient):
             if latents_BKD is not None:
                 latents_BKD.requires_grad_(wants_gradient)
-            media = [self._media if latents_BKD is not None else Media(0)] * len(request.questions)
-            rows = pack_questions(self.model, media, request.questions, cache_prefix=True)
+            rows, prefix = self._packed(request, latents_BKD)
             encoded = time.perf_counter()
             media_ID = None if latents_BKD is None else latents_BKD.flatten(0, 1)
-            scores = score_answers(self.model, rows, media_ID, prefix=self._prefix)
+            scores = score_answers(self.model, rows, media_ID, prefix=prefix)
             read = time.perf_counter()
             latents_grad = None
             if wants_gradient and latents_BKD is not None:
@@ -109,6 +115,20 @@ class FrozenAnchor:
             rows = pack_questions(self.model, tokens.media, questions, cache_prefix=True)
             scores = score_answers(self.model, rows, torch.cat(tokens.tokens), tokens.deepstack, self._prefix)
         return self._reply(request_id, scores, None, ReadTimings())
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int]) -> Tensor:
+        """(B, C, D) float32 visual tokens of images (encoded files), pooled into a grid of C = rows × columns."""
+        with self._adapter_off():
+            return pooled_image_tokens(self.model.image_tokens([decode_image(data) for data in images]), grid).cpu()
+
+    def _packed(self, request: ReadRequest, latents_BKD: Tensor | None) -> tuple[PackedRows, CachedPrefix | None]:
+        if not request.image_markers:
+            return pack_questions_without_image(self.model, request.questions), None
+        # Fewer latents than K take the first of their places.
+        media = Media(0) if latents_BKD is None else replace(self._media, length=latents_BKD.shape[1])
+        media_B = [media] * len(request.questions)
+        return pack_questions(self.model, media_B, request.questions, cache_prefix=True), self._prefix
 
     @contextlib.contextmanager
     def _memory_limit_named(self, questions: Sequence[Sequence[Question]]) -> Iterator[None]:
@@ -143,7 +163,12 @@ class FrozenAnchor:
             if request.gradient is not Gradient.NONE:
                 raise AnchorCallError(f"anchor {self.name}: no gradient without latents")
             return None
-        expected = (len(request.questions), self._media.length, self.model.width)
+        if not request.image_markers:
+            raise AnchorCallError(f"anchor {self.name}: latents have no place without the image's markers")
+        n_latents = self._media.length
+        if request.gradient is Gradient.NONE:
+            n_latents = min(n_latents, request.latents.shape[1])
+        expected = (len(request.questions), n_latents, self.model.width)
         if tuple(request.latents.shape) != expected:
             raise AnchorCallError(
                 f"anchor {self.name}: latents of shape {tuple(request.latents.shape)}, expected {expected} "

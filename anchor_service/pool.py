@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from anchor_service.frozen_anchor import FrozenAnchor, check_handshake, load_frozen_anchor
 from shared.config import AnchorConfig, Config, PoolConfig
@@ -53,6 +54,9 @@ class AnchorHandle(Protocol):
 
     def submit_images(self, images: Sequence[bytes], questions: Sequence[Sequence[Question]]) -> PendingReply:
         """Send a read of real images."""
+
+    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int], deadline: float) -> Tensor:
+        """See `FrozenAnchor.embed_images`."""
 
     def facts(self, deadline: float) -> list[Any]:
         """`ProcessFacts` of each replica; empty in the trainer's process."""
@@ -165,6 +169,10 @@ class AnchorPool:
         pending = {name: self._handles[name].submit_images(images, questions) for name in names}
         return self._gather(pending, deadline)
 
+    def embed_images(self, name: str, images: Sequence[bytes], grid: tuple[int, int]) -> Tensor:
+        """(B, C, D) an anchor's own visual tokens of images (encoded files), pooled into a grid."""
+        return self._handles[name].embed_images(images, grid, time.monotonic() + self._config.deadline_s)
+
     def facts(self) -> dict[str, list[Any]]:
         """`ProcessFacts` of every replica, by anchor."""
         deadline = time.monotonic() + self._config.deadline_s
@@ -247,6 +255,9 @@ class LocalHandle:
 
     def submit_images(self, images: Sequence[bytes], questions: Sequence[Sequence[Question]]) -> PendingReply:
         return _LocalCall(lambda: self._started().read_images("images", images, questions))
+
+    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int], deadline: float) -> Tensor:
+        return self._started().embed_images(images, grid)
 
     def facts(self, deadline: float) -> list[Any]:
         return []

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anchor_service.actor import AnchorActor, ProcessFacts
 from anchor_service.cluster import bundle, check_resources
-from anchor_service.wire import WireReply, slice_request, to_array, unpack_reply
+from anchor_service.wire import WireReply, slice_request, to_array, to_tensor, unpack_reply
 from shared.config import AnchorConfig, Config
 from shared.errors import AnchorCallError, AnchorLostError, HandshakeError, ResourceError, VisualLatentsError
 from shared.messages import Handshake, Question, ReadReply, ReadRequest
@@ -112,6 +112,10 @@ class RayHandle:
             arguments = (f"images/{i}", list(images[start:stop]), list(questions[start:stop]))
             parts.append(self._send("read_images", arguments, self._replica_after(i)))
         return _RayCall(self, "images", parts)
+
+    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int], deadline: float) -> Tensor:
+        array = self._answer(self._send("embed_images", (list(images), grid), 0), deadline, "pool.deadline_s")
+        return to_tensor(array, "float32")
 
     def facts(self, deadline: float) -> list[ProcessFacts]:
         return self._facts(deadline, "pool.deadline_s")

@@ -85,6 +85,14 @@ class AnchorConfig(Section):
         return self
 
 
+class TransferConfig(AnchorConfig):
+    """A reader of any family and width, for evaluation alone: latents reach it through a closed-form projector."""
+
+    tokens: int = Field(
+        ge=1, description="Tokens that stand for an image there; K times a square, best as many as its own."
+    )
+
+
 class PoolConfig(Section):
     """How anchors are called."""
 
@@ -99,6 +107,13 @@ class PoolConfig(Section):
     on_loss: Literal["fail", "drop"] = Field("fail", description="When an anchor is lost for good.")
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     resources: dict[str, float] = Field({}, description="Custom Ray resources that each replica needs.")
+
+
+class FeatureCacheConfig(Section):
+    """Image tokens of the generator's vision tower on disk; any number of runs may share the folder."""
+
+    path: Path
+    max_gib: float = Field(gt=0, allow_inf_nan=False, description="Beyond it, what was used longest ago is dropped.")
 
 
 class DataConfig(Section):
@@ -116,6 +131,7 @@ class DataConfig(Section):
         "matched", description="shuffled: the control in which no image keeps its own questions."
     )
     max_images: int | None = Field(None, ge=2, description="Use only the first n images of the training split.")
+    feature_cache: FeatureCacheConfig | None = Field(None, description="None: the tower sees every image every time.")
 
 
 class LossConfig(Section):
@@ -152,7 +168,7 @@ class TrainConfig(Section):
 
     @property
     def fewest_microbatches(self) -> int:
-        """The number to plan memory with: `auto` also tries the whole batch at once."""
+        """The number, or the least that `auto` may take: it tries the whole batch at once, too."""
         return 1 if self.microbatches == "auto" else self.microbatches
 
     @model_validator(mode="after")
@@ -170,6 +186,7 @@ class EvaluationConfig(Section):
     images: int = Field(500, ge=2, description="First n images of the test split.")
     batch_images: int = Field(32, ge=1)
     unseen: tuple[AnchorConfig, ...] = Field((), description="Anchors that training never used.")
+    transfer: tuple[TransferConfig, ...] = Field((), description="Readers of other families, for --suite transfer.")
     bootstrap_samples: int = Field(1000, ge=100)
 
 
@@ -196,13 +213,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
-        names = [anchor.name for anchor in self.all_anchors]
+        names = [anchor.name for anchor in (*self.all_anchors, *self.evaluation.transfer)]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"anchors: the name {name!r} is used twice; give every anchor a name of its own")
-        if any(anchor.placement == "shared_base" for anchor in self.evaluation.unseen):
+        if any(a.placement == "shared_base" for a in (*self.evaluation.unseen, *self.evaluation.transfer)):
             raise ValueError("evaluation.unseen: an unseen anchor cannot be shared_base; use ray or local")
         k = self.generator.latents
+        for reader in self.evaluation.transfer:
+            if reader.tokens % k or math.isqrt(reader.tokens // k) ** 2 != reader.tokens // k:
+                raise ValueError(
+                    f"evaluation.transfer: {reader.name} has tokens {reader.tokens}, not generator.latents ({k}) times "
+                    f"a square; use {k} or {4 * k}"
+                )
         if self.pool.latent_positions is LatentPositions.GRID and math.isqrt(k) ** 2 != k:
             raise ValueError(
                 f"pool.latent_positions: grid needs a square generator.latents, got {k}; "

@@ -1,4 +1,4 @@
-"""How many floating point operations a decoder's pass takes, counted from its config alone.
+"""How many floating point operations a pass of a decoder, its LoRA or a vision tower takes, from their sizes alone.
 
 A multiplication with an addition counts as two operations. Norms, activations, softmax and rotary embeddings are
 left out: they are a percent or less of a model of useful width. Attention is counted as it is computed, over every
@@ -60,3 +60,37 @@ def input_gradient_flops(size: DecoderSize, n_rows: int, n_tokens: int, n_keys: 
 def head_flops(size: DecoderSize, n_predictions: int) -> int:
     """Logits of so many hidden states; as many again for the gradient of those states."""
     return 2 * n_predictions * size.width * size.vocabulary
+
+
+def lora_forward_flops(n_weights: int, n_tokens: int) -> int:
+    """The two small products beside each adapted layer; n_weights: of all LoRA matrices together."""
+    return 2 * n_weights * n_tokens
+
+
+def lora_backward_flops(n_weights: int, n_tokens: int) -> int:
+    """Gradients of those weights and of what went in."""
+    return 4 * n_weights * n_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TowerSize:
+    """A vision tower at one image size.
+
+    patches, tokens: per image, before and after neighbours are merged. patch_weights, token_weights: of the layers
+    that run once per patch and once per token. width: of attention. pairs: of a patch and one that it is compared
+    with (in its window or the image), of all layers together.
+    """
+
+    patches: int
+    tokens: int
+    patch_weights: int
+    token_weights: int
+    width: int
+    pairs: int
+
+
+def tower_flops(size: TowerSize, n_images: int) -> int:
+    """One pass of the images through the tower and its projection."""
+    linear = 2 * (size.patches * size.patch_weights + size.tokens * size.token_weights)
+    attention = 4 * size.width * size.pairs
+    return n_images * (linear + attention)

@@ -54,10 +54,12 @@ class Question:
 class ReadRequest:
     """Read `latents` in place of an image and say how probable each answer is.
 
-    latents: (B, K, D), detached and contiguous; None reads the questions without any image (the floor).
+    latents: (B, K, D), detached and contiguous; None reads the questions without any image (the floor). Without a
+        gradient, fewer than the anchor's K are allowed: they are its first ones.
     questions: B lists of Q_b ≥ 1 questions; Q_b may differ between images.
     token_weights: only for `Gradient.VJP`: per image and question, one weight for each answer token.
     count_end_of_turn: whether the end-of-turn token after an answer counts in its NLL.
+    image_markers: False takes the tokens around the image away as well; only without latents.
     """
 
     request_id: str
@@ -66,6 +68,7 @@ class ReadRequest:
     gradient: Gradient = Gradient.NONE
     token_weights: Sequence[Sequence[Sequence[float]]] | None = None
     count_end_of_turn: bool = True
+    image_markers: bool = True
 
 
 @dataclass(frozen=True, slots=True)

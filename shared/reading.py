@@ -42,6 +42,13 @@ def pack_questions(
     return rows.to(model.device)
 
 
+def pack_questions_without_image(model: VisionLanguageModel, questions: Sequence[Sequence[Question]]) -> PackedRows:
+    """Packed rows of a conversation that never had an image: no media, and none of the markers around them."""
+    prompt = model.prompt_without_image
+    rows = pack_rows(prompt.prefix_ids, [Media(0)] * len(questions), prompt.branches(questions))
+    return rows.to(model.device)
+
+
 def score_answers(
     model: VisionLanguageModel,
     rows: PackedRows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,25 +65,49 @@ def train(
     console.print(f"run folder: {resolved.run.dir}", highlight=False)
 
 
+class Suite(enum.StrEnum):
+    """What `evaluate` measures."""
+
+    READING = "reading"
+    CAUSAL = "causal"
+    CONTROLS = "controls"
+    GEOMETRY = "geometry"
+    TRANSFER = "transfer"
+    ALL = "all"
+
+
 @app.command()
 @friendly_errors
-def evaluate(run: Annotated[Path, typer.Argument(help="Run folder that train wrote.")]) -> None:
-    """Measure what each anchor answers from the latents, and from what bounds them.
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder that train wrote.")],
+    suite: Annotated[Suite, typer.Option(help="What to measure.")] = Suite.READING,
+    anchors: Annotated[str, typer.Option(help="Comma-separated anchors of the run; empty: all, unseen ones too.")] = "",
+) -> None:
+    """Measure what each anchor answers from the latents, and whether it is the latents that tell it.
 
-    Ceiling (real image), latents, latents of another image, no latents; for anchors of training and unseen
-    ones, in all and per kind of question, with 95 % intervals over images. Writes RUN/evaluation.json.
+    reading: ceiling (real image), latents, latents of another image, no latents; for anchors of training and unseen
+    ones, in all and per kind of question. causal: the latents' content is zeroed, replaced by noise, swapped, cut;
+    with a verdict. controls: the image is replaced or disturbed. geometry: how the latents lie, slot by slot.
+    transfer: readers of another family, through a projector fitted on training images (evaluation.transfer).
+    All with 95 % intervals over images. Writes RUN/evaluation.json; goes on where it was interrupted.
 
-    Example: python -m trainer evaluate runs/demo
+    Examples:
+
+        python -m trainer evaluate runs/demo
+
+        python -m trainer evaluate runs/demo --suite all --anchors A,C
     """
     from anchor_service.cluster import ray_if_needed
     from trainer.data import prepare_data
-    from trainer.evaluation.run import evaluate_run, run_config
+    from trainer.evaluation.run import chosen_anchors, evaluate_run, run_config
 
     console = Console()
     config = run_config(run)
+    suites = [s.value for s in Suite if s is not Suite.ALL] if suite is Suite.ALL else [suite.value]
+    names = [name for name in anchors.split(",") if name]
     prepare_data(config.data, console)
-    with ray_if_needed(config, config.all_anchors):
-        evaluate_run(config, console)
+    with ray_if_needed(config, (*chosen_anchors(config, names), *config.evaluation.transfer)):
+        evaluate_run(config, console, suites, names)
 
 
 @app.command()
@@ -109,15 +134,21 @@ def report(
 
 @app.command()
 @friendly_errors
-def estimate(config: ConfigOption, set_: SetOption = None) -> None:
-    """Predict the memory that generator and anchors need, before any weight is loaded.
+def estimate(
+    config: ConfigOption,
+    set_: SetOption = None,
+    device: Annotated[
+        str | None, typer.Option(help="GPU to plan for: A6000, L40S, A100, H100, H200. By default this machine's.")
+    ] = None,
+) -> None:
+    """Predict memory of every process, time of a step and what limits it, before any weight is loaded.
 
-    Example: python -m trainer estimate --config deploy/configs/a6000.yaml
+    Example: python -m trainer estimate --config deploy/configs/a6000.yaml --device A6000
     """
     from shared.config import load_config
     from trainer.estimate import print_estimate
 
-    print_estimate(load_config(Path(config), set_ or []), Console())
+    print_estimate(load_config(Path(config), set_ or []), Console(), device)
 
 
 @toy_app.command("build")

@@ -95,7 +95,7 @@ class Generator:
             return self.model.image_tokens_from(inputs)
 
     def emit(self, tokens: ImageTokens) -> Tensor:
-        """Latents (B, K, D) of images, in the dtype of the base weights, differentiable."""
+        """Latents (B, K, D) of images, in the dtype of the base weights; differentiable, in the tokens too."""
         start = self.token_ids[0]
         row = Branch((*self.model.prompt.after_image_ids, *self.token_ids), len(self.model.prompt.after_image_ids) + 2)
         rows = pack_rows(self.model.prompt.prefix_ids, tokens.media, [[row]] * len(tokens.tokens))
@@ -105,9 +105,8 @@ class Generator:
         base_ids_BT = rows.token_ids_BT.masked_fill(is_new_BT, 0)
         with torch.no_grad():
             embeds_BTD = self._embedding().token_adapter.base_layer(base_ids_BT)
-            embeds_BTD = embeds_BTD.masked_scatter(
-                rows.media_BT.unsqueeze(-1), torch.cat(tokens.tokens).to(embeds_BTD.dtype)
-            )
+        media_ID = torch.cat(tokens.tokens).to(embeds_BTD.dtype)
+        embeds_BTD = embeds_BTD.masked_scatter(rows.media_BT.unsqueeze(-1), media_ID)
         new_BTD = self._token_rows()[(rows.token_ids_BT - start).clamp(0, self.n_latents)].to(embeds_BTD.dtype)
         embeds_BTD = torch.where(is_new_BT.unsqueeze(-1), new_BTD, embeds_BTD)
         extra = {}

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from anchor_service.pool import AnchorPool
 from shared.config import Config, dump_config
@@ -32,6 +30,7 @@ from trainer.data.records import KindQuestion, Record
 from trainer.data.sampling import Batch, Sampler, without_kinds
 from trainer.evaluation.reading import mean_nll
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures, OpenedImage, PreparedImages
 from trainer.losses import lr_share
 from trainer.methods import METHODS
 from trainer.methods.anchored import Emitted
@@ -48,10 +47,10 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A batch with its images already through the image processor."""
+    """A batch with its images already read: through the image processor, or from the feature cache."""
 
     batch: Batch
-    inputs: dict[str, Tensor]
+    images: PreparedImages
 
 
 class Trainer:
@@ -72,6 +71,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=t.betas, weight_decay=t.weight_decay)
         self._base_lrs = [t.lr_lora, t.lr_tokens]
         self.microbatches = Microbatches(t.microbatches, t.batch_images, pool.has_remote)
+        self.features = ImageFeatures(generator, config.data.feature_cache)
         self._on_error = ErrorPolicy(config.data.on_error)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._next: tuple[int, Future[list[Prepared]]] | None = None
@@ -100,6 +100,7 @@ class Trainer:
         self.microbatches.record(step, seconds - waited)
         return {
             **metrics,
+            **self.features.metrics([part.images for part in parts]),
             "grad_norm": float(grad_norm),
             "lr_lora": self.optimizer.param_groups[0]["lr"],
             "lr_tokens": self.optimizer.param_groups[1]["lr"],
@@ -156,7 +157,7 @@ class Trainer:
         ahead = 1 if self.pool.has_remote else 0
         waiting: deque[tuple[Prepared, Emitted]] = deque()
         for part in parts:
-            tokens = self.generator.image_tokens_from(part.inputs)
+            tokens = self.features.tokens(part.images)
             waiting.append((part, self.method.emit(part.batch, tokens)))
             if len(waiting) > ahead:
                 yield waiting.popleft()
@@ -181,17 +182,17 @@ class Trainer:
         parts = []
         for start in range(0, len(batch.records), n):
             part, images = self._with_images(batch.records[start : start + n], batch.questions[start : start + n])
-            parts.append(Prepared(part, self.generator.model.image_inputs(images)))
+            parts.append(Prepared(part, self.features.prepare(images)))
         return parts
 
     def _with_images(
         self, records: list[Record], questions: list[list[KindQuestion]]
-    ) -> tuple[Batch, list[Image.Image]]:
+    ) -> tuple[Batch, list[OpenedImage]]:
         """The records whose images can be read, with them; the others go the way of `data.on_error`."""
         kept, images = Batch([], []), []
         for record, asked in zip(records, questions, strict=True):
             try:
-                images.append(record.load_image())
+                images.append(self.features.open(record))
             except DataError as error:
                 self._on_error(error)
                 continue
@@ -223,8 +224,9 @@ class Trainer:
         return int(state["next_step"])
 
     def close(self) -> None:
-        """End the loader thread."""
+        """End the loader thread; finish writing to the feature cache."""
         self._loader.shutdown(wait=True, cancel_futures=True)
+        self.features.close()
 
 
 def train_run(config: Config, resume: bool) -> bool:
@@ -307,7 +309,7 @@ def _validate(trainer: Trainer, validation: list[Record]) -> float:
     """Mean NLL over anchors, weighted as in training, on the first images of the validation split."""
     trainer.generator.train(False)
     chosen = validation[: trainer.config.train.validate_images]
-    nll = mean_nll(trainer.generator, trainer.pool, chosen, trainer.config)
+    nll = mean_nll(trainer.generator, trainer.features, trainer.pool, chosen, trainer.config)
     weights = trainer.pool.weights()
     return sum(weights[name] * value for name, value in nll.items())
 

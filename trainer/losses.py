@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from shared.vlm import ImageTokens
 
 
 def nll_multi(nll_RB: Tensor, weights_R: Tensor) -> Tensor:
@@ -55,25 +52,3 @@ class ConceptHead(nn.Module):
         """(B, K, D) → (B, K, D), float32."""
         predicted: Tensor = self.layers(latents_BKD.float())
         return predicted
-
-
-def pooled_image_tokens(tokens: ImageTokens, n_latents: int) -> Tensor:
-    """(B, K, D) targets of the concept loss: visual tokens pooled by area over the image.
-
-    The image's grid is averaged into the most nearly square grid of K cells, so every latent gets a region and
-    all regions together cover the image.
-    """
-    out_rows = max(r for r in range(1, math.isqrt(n_latents) + 1) if n_latents % r == 0)
-    cells = (out_rows, n_latents // out_rows)
-    pooled = []
-    for image, grid in zip(tokens.tokens, tokens.grids, strict=True):
-        rows, columns = grid or _grid_of(len(image))
-        map_DHW = image[: rows * columns].float().T.unflatten(1, (rows, columns))
-        pooled.append(F.adaptive_avg_pool2d(map_DHW, cells).flatten(1).T)
-    return torch.stack(pooled)
-
-
-def _grid_of(n_tokens: int) -> tuple[int, int]:
-    """The square that n tokens fill; else one line (families whose tokens carry row separators)."""
-    side = math.isqrt(n_tokens)
-    return (side, side) if side * side == n_tokens else (1, n_tokens)

@@ -9,6 +9,7 @@ from shared.vlm.model import (
     load_vlm,
     vlm_config,
 )
+from shared.vlm.pooling import nearly_square, pooled_image_tokens
 from shared.vlm.prefix import CachedPrefix
 from shared.vlm.prompt import Prompt
 
@@ -21,5 +22,7 @@ __all__ = [
     "load_processor",
     "load_prompt",
     "load_vlm",
+    "nearly_square",
+    "pooled_image_tokens",
     "vlm_config",
 ]

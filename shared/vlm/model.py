@@ -76,21 +76,18 @@ class VisionLanguageModel:
         self.vocabulary: int = text_config.vocab_size
         self.inner: Any = hf_model.model
         self.decoder: Any = getattr(self.inner, self.family.decoder)
+        self.dtype: torch.dtype = self._embedding().weight.dtype
+        """Of the base weights. Read once: on an adapted embedding, peft builds the whole matrix for `weight`."""
         self.image_token_id: int = config.image_token_id
         image_token = processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.prompt = Prompt(processor.tokenizer, processor.chat_template, self.family, image_token)
+        self.prompt_without_image = Prompt(processor.tokenizer, processor.chat_template, self.family, None)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         device: torch.device = next(self.decoder.parameters()).device
         return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the base weights (the embedding's; adapters may be wider)."""
-        dtype: torch.dtype = self._embedding().weight.dtype
-        return dtype
 
     def freeze(self) -> VisionLanguageModel:
         """Switch every parameter's gradient off and dropout with it."""

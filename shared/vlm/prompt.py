@@ -26,14 +26,25 @@ _CACHED_BRANCHES = 200_000
 
 
 class Prompt:
-    """Turns questions into token ids for one model. Owned by that model's process; not thread-safe."""
+    """Turns questions into token ids for one model. Owned by that model's process; not thread-safe.
+
+    image_token: None leaves the image out of the conversation, with everything that the template puts around it;
+    the whole text before the question then belongs to the branch.
+    """
 
     def __init__(
-        self, tokenizer: Any, chat_template: str, family: Family, image_token: str, system_line: str = SYSTEM_LINE
+        self,
+        tokenizer: Any,
+        chat_template: str,
+        family: Family,
+        image_token: str | None,
+        system_line: str = SYSTEM_LINE,
     ):
         self.tokenizer = tokenizer
-        text = _render(tokenizer, chat_template, system_line)
-        head, _, rest = text.partition(image_token)
+        head, rest = "", _render(tokenizer, chat_template, system_line, image_token is not None)
+        if image_token is not None:
+            head, _, rest = rest.partition(image_token)
+            head, rest = head + family.before_image, family.after_image + rest
         between, _, rest = rest.partition(_QUESTION_MARK)
         header, found, tail = rest.partition(_ANSWER_MARK)
         if not found:
@@ -41,8 +52,8 @@ class Prompt:
                 f"the chat template of {self.tokenizer.name_or_path} does not render image, question and answer in "
                 "this order; give the model folder a template that does"
             )
-        self.before_image = head + family.before_image
-        self._after_image, self._header = family.after_image + between, header
+        self.before_image = head
+        self._after_image, self._header = between, header
         # LLaVA 1.5's template ends an answer with a space; the model was trained to end it with EOS.
         self._end_of_turn = tail if tail.strip() else str(self.tokenizer.eos_token)
         self.prefix_ids: list[int] = self._with_bos(self._encode(self.before_image))
@@ -92,10 +103,11 @@ class Prompt:
         """Some templates write the BOS token themselves; the others rely on the tokenizer to add it."""
         probe = self.tokenizer("", add_special_tokens=True)["input_ids"]
         bos = self.tokenizer.bos_token_id
-        return [bos, *ids] if bos is not None and probe[:1] == [bos] and ids[:1] != [bos] else ids
+        written = (self.before_image + self._after_image).startswith(self.tokenizer.bos_token or "\0")
+        return [bos, *ids] if bos is not None and probe[:1] == [bos] and not written else ids
 
 
-def _render(tokenizer: Any, chat_template: str, system_line: str) -> str:
+def _render(tokenizer: Any, chat_template: str, system_line: str, with_image: bool) -> str:
     def turn(role: str, *content: dict[str, str]) -> dict[str, Any]:
         return {"role": role, "content": list(content)}
 
@@ -104,7 +116,7 @@ def _render(tokenizer: Any, chat_template: str, system_line: str) -> str:
 
     turns = [
         turn("system", words(system_line)),
-        turn("user", {"type": "image"}, words(_QUESTION_MARK)),
+        turn("user", *([{"type": "image"}] if with_image else []), words(_QUESTION_MARK)),
         turn("assistant", words(_ANSWER_MARK)),
     ]
     return str(tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))

@@ -11,9 +11,20 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
 RESULTS_JSON = Path(__file__).parent / "results.json"
 RESULTS_MD = Path(__file__).parent / "RESULTS.md"
+GROWTH_PNG = Path(__file__).parent / "growth.png"
 _PACKAGES = ("torch", "transformers", "peft", "ray", "numpy")
+_PICTURES = {
+    "make bench": (
+        GROWTH_PNG,
+        "Time of one read on logarithmic axes over questions per image, latents per image and images: measured points "
+        "beside a line in proportion to the FLOP count, drawn through the largest read.",
+    )
+}
+"""By command: a picture below its table, with what it shows in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,8 @@ class Result:
 def machine() -> str:
     """Cores, memory and kind of processor of this machine."""
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory_gib:.0f} GiB, no GPU"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory_gib:.0f} GiB, {gpu}"
 
 
 def versions() -> str:
@@ -56,6 +68,13 @@ def record(new: Iterable[Result]) -> None:
     by_name |= {result.figure: asdict(result) for result in new}
     RESULTS_JSON.write_text(json.dumps(list(by_name.values()), indent=2) + "\n")
     RESULTS_MD.write_text(render(list(by_name.values())))
+
+
+def record_unmeasured(figures: Iterable[Result]) -> None:
+    """Put figures without a value in, unless they have been measured somewhere before."""
+    stored = json.loads(RESULTS_JSON.read_text()) if RESULTS_JSON.is_file() else []
+    measured = {entry["figure"] for entry in stored if entry["value"] is not None}
+    record(figure for figure in figures if figure.figure not in measured)
 
 
 def render(entries: list[dict[str, object]]) -> str:
@@ -75,6 +94,9 @@ def render(entries: list[dict[str, object]]) -> str:
                 f"| {entry['bar']} | {met} |"
             )
         lines.append("")
+        picture, words = _PICTURES.get(command, (None, ""))
+        if picture is not None and picture.is_file():
+            lines += [f"![{words}]({picture.name})", ""]
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from anchor_service.pool import AnchorPool
 from shared.config import Config, parse_config
 from shared.errors import AnchorCallError, DataError, HandshakeError, ModelError
 from shared.messages import Gradient, Handshake, LatentPositions, Question, ReadRequest
-from shared.packing import Media
+from shared.packing import Media, latent_media
 from shared.reading import nll_per_image, pack_questions, score_answers
 from shared.vlm import VisionLanguageModel, load_vlm
 from tests.reference import max_relative_error, plain_greedy, plain_nll, plain_read_all, plain_read_image
@@ -167,6 +167,42 @@ def test_ceiling_and_floor(tiny_model, questions, pictures):
     assert (ceiling.request_id, floor.request_id, floor.anchor) == ("i", "r", "A")
 
 
+@pytest.mark.parametrize("positions", list(LatentPositions))
+@torch.no_grad()
+def test_fewer_latents_are_the_first_ones(tiny_model, questions, positions):
+    """The first three of a 2×2 grid keep their cells, and the text goes on behind the whole grid."""
+    model, latents_BKD = tiny_model("qwen2_5_vl"), make_latents(len(questions))
+    reply = make_anchor(model, positions).read(ReadRequest("r", questions, latents_BKD[:, :3].contiguous()))
+    media = replace(latent_media(N_LATENTS, positions is LatentPositions.GRID), length=3)
+    rows = pack_questions(model, [media] * len(questions), questions)
+    expected_N = score_answers(model, rows, latents_BKD[:, :3].flatten(0, 1)).logprobs_N
+    actual_N = torch.tensor([v for row in reply.logprobs for q in row for v in q])
+    assert max_relative_error(actual_N, expected_N) <= 1e-5
+    if positions is LatentPositions.TEXT:
+        plain = plain_read_all(model, latents_BKD[:, :3], questions)
+        assert max_relative_error(actual_N, torch.cat([q for row in plain for q in row])) <= 1e-5
+    else:
+        assert rows.positions_3BT[:, 0, rows.media_BT[0]].T.tolist() == [
+            [rows.positions_3BT[0, 0, rows.media_BT[0]][0].item() + d for d in cell]
+            for cell in ((0, 0, 0), (0, 0, 1), (0, 1, 0))
+        ]
+
+
+@torch.no_grad()
+def test_without_markers_is_a_conversation_without_image(tiny_model, questions):
+    model = tiny_model("qwen2_5_vl")
+    reply = make_anchor(model).read(ReadRequest("r", questions, None, image_markers=False))
+    for row, row_logprobs in zip(questions, reply.logprobs, strict=True):
+        (branches,) = model.prompt_without_image.branches([row])
+        for branch, logprobs in zip(branches, row_logprobs, strict=True):
+            ids = torch.tensor([[*model.prompt_without_image.prefix_ids, *branch.token_ids]])
+            logits_TV = model.hf_model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            expected = logits_TV.gather(1, ids[0, 1:, None])[-branch.n_answer :, 0]
+            assert max_relative_error(torch.tensor(logprobs), expected) <= 1e-5
+    floor = make_anchor(model).read(ReadRequest("r", questions, None))
+    assert floor.logprobs != reply.logprobs
+
+
 def test_requests_that_cannot_be_answered(tiny_model, questions):
     anchor = make_anchor(tiny_model("llava"))
     for shape in ((3, N_LATENTS + 1, WIDTH), (3, N_LATENTS, WIDTH // 2), (2, N_LATENTS, WIDTH)):
@@ -174,6 +210,8 @@ def test_requests_that_cannot_be_answered(tiny_model, questions):
             anchor.read(ReadRequest("r", questions, torch.zeros(shape)))
     with pytest.raises(AnchorCallError, match="no gradient without latents"):
         anchor.read(ReadRequest("r", questions, None, Gradient.FUSED))
+    with pytest.raises(AnchorCallError, match="no place without the image's markers"):
+        anchor.read(ReadRequest("r", questions, make_latents(3), image_markers=False))
     with pytest.raises(DataError, match="has no tokens"):
         anchor.read(ReadRequest("r", [[Question("what?", "  ")]], make_latents(1)))
     with pytest.raises(HandshakeError, match=r"llava has no image grid; set pool\.latent_positions: text"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared.reading import mean_answer_weights, nll_per_image
-from shared.vlm import ImageTokens
+from shared.vlm import ImageTokens, nearly_square, pooled_image_tokens
 from trainer.losses import (
     ConceptHead,
     concept_loss,
@@ -16,7 +16,6 @@ from trainer.losses import (
     lr_share,
     nll_multi,
     norm_loss,
-    pooled_image_tokens,
 )
 
 
@@ -77,7 +76,8 @@ def test_pooled_image_tokens(n_latents, cells):
     """Each cell averages the tokens whose row and column it overlaps, as adaptive pooling defines it."""
     grids = [(4, 6), (3, 3), (7, 5)]
     tokens = ImageTokens([noise(r * c, 2, seed=r) for r, c in grids], list(grids))
-    pooled_BKD = pooled_image_tokens(tokens, n_latents)
+    pooled_BKD = pooled_image_tokens(tokens, nearly_square(n_latents))
+    assert nearly_square(n_latents) == cells
     assert pooled_BKD.shape == (3, n_latents, 2)
     for b, (rows, columns) in enumerate(grids):
         for k in range(n_latents):
@@ -90,10 +90,10 @@ def test_pooled_image_tokens(n_latents, cells):
 
 def test_pooling_without_a_grid():
     square = ImageTokens([noise(9, 2)], [None])
-    torch.testing.assert_close(pooled_image_tokens(square, 9)[0], square.tokens[0])
+    torch.testing.assert_close(pooled_image_tokens(square, (3, 3))[0], square.tokens[0])
     line = ImageTokens([noise(6, 2)], [None])
     torch.testing.assert_close(
-        pooled_image_tokens(line, 3)[0], torch.stack([line.tokens[0][i : i + 2].mean(0) for i in (0, 2, 4)])
+        pooled_image_tokens(line, (1, 3))[0], torch.stack([line.tokens[0][i : i + 2].mean(0) for i in (0, 2, 4)])
     )
 
 

@@ -8,6 +8,7 @@ from shared.errors import DataError, ModelError
 from shared.messages import Question
 from shared.vlm import Prompt
 from shared.vlm.families import family_of
+from shared.vlm.prompt import SYSTEM_LINE
 from tests.reference import plain_prompt
 from tests.tiny_models import FAMILY_NAMES, TINY, tiny_tokenizer
 
@@ -34,6 +35,27 @@ def test_prefix_and_branch_are_the_conversation_cut_in_two(tiny_model, family):
         *answer, end = branch.token_ids[branch.answer_start :]
         assert answer == tokenizer(question.answer, add_special_tokens=False)["input_ids"]
         assert end == tokenizer.convert_tokens_to_ids(TINY[family].end_of_turn)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_without_image_is_the_conversation_of_text_alone(tiny_model, family):
+    model = tiny_model(family)
+    tokenizer = model.processor.tokenizer
+    prompt = model.prompt_without_image
+    (branches,) = prompt.branches([QUESTIONS])
+    for question, branch in zip(QUESTIONS, branches, strict=True):
+        turns = [
+            {"role": "system", "content": [{"type": "text", "text": SYSTEM_LINE}]},
+            {"role": "user", "content": [{"type": "text", "text": question.text}]},
+            {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
+        ]
+        text = tokenizer.apply_chat_template(turns, chat_template=model.processor.chat_template, tokenize=False)
+        bos = tokenizer.bos_token
+        ids = tokenizer(text, add_special_tokens=bos is not None and not text.startswith(bos))["input_ids"]
+        ours = [*prompt.prefix_ids, *branch.token_ids]
+        # The last token of ours ends the turn; a template may go on, and LLaVA's leaves the end to the tokenizer.
+        assert ours[:-1] == ids[: len(ours) - 1]
+        assert model.image_token_id not in ours
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3", "qwen2_vl"])

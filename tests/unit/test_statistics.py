@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from anchor_service.pool import AnchorPool
 from shared.config import Config, parse_config
-from shared.messages import ReadReply
-from trainer.evaluation.reading import CONDITIONS, AnswerTable, summarise
-from trainer.evaluation.statistics import ImageBootstrap, recovered_share
+from shared.errors import AnchorLostError
+from shared.messages import ReadReply, ReadRequest
+from trainer.data.records import KindQuestion, Record
+from trainer.evaluation.reading import CONDITIONS, Outcome, Reader, mean_outcomes, summarise
+from trainer.evaluation.statistics import ImageBootstrap, over_seeds, recovered_share
 
 
 def test_the_interval_of_a_mean_is_the_normal_ones():
@@ -53,6 +57,20 @@ def test_resamples_are_paired_and_repeatable():
     assert ImageBootstrap(50, 500, seed=5).mean(base, ones) != bootstrap.mean(base, ones)
 
 
+def test_values_of_questions_are_summed_by_image():
+    sums, counts = ImageBootstrap(4, 100, 0).per_image(np.array([0, 2, 0, 1]), np.array([1.0, 0.5, 3.0, -2.0]))
+    assert (sums.tolist(), counts.tolist()) == ([4.0, -2.0, 0.5, 0.0], [2.0, 1.0, 1.0, 0.0])
+
+
+def test_the_interval_over_seeds_is_students():
+    """t(0.975) for 2 degrees of freedom is 4.303, for 1 it is 12.706."""
+    three = over_seeds([1.0, 2.0, 6.0])
+    half = 4.302653 * math.sqrt(7.0) / math.sqrt(3)
+    assert (three.value, three.low, three.high, three.n) == pytest.approx((3.0, 3 - half, 3 + half, 3))
+    assert over_seeds([1.0, 3.0]).high == pytest.approx(2 + 12.706205 * math.sqrt(2) / math.sqrt(2))
+    assert over_seeds([0.5]).to_json() == {"value": 0.5, "low": None, "high": None, "n": 1}
+
+
 def test_recovered_share():
     assert recovered_share([np.array(0.8), np.array(0.4), np.array(0.9)]) == pytest.approx(0.8)
     # Resamples in which ceiling and floor tie have no share; they are left out instead of spoiling the interval.
@@ -81,22 +99,26 @@ HITS = {
 }
 
 
-def make_table() -> AnswerTable:
-    """Three images; every answer has one token and an end of turn; −log p of a token is its question's number."""
-    table = AnswerTable()
-    for condition in CONDITIONS:
-        number = iter(range(1, 7))
-        logprobs = [[[-float(next(number)), -1.0] for _ in row] for row in KINDS]
-        matches = [[[hit, True] for hit in row] for row in HITS[condition]]
-        table.add(condition, [ReadReply("r", "A", 0, logprobs, matches)], count_end_of_turn=True)
-    for image, row in enumerate(KINDS):
-        table.images += [image] * len(row)
-        table.kinds += row
-    return table
+def make_reader(config: Config) -> Reader:
+    """Three images with questions of KINDS."""
+    records = [
+        Record(f"image {b}", "toy", Path("unused"), tuple(KindQuestion(kind, "?", "yes") for kind in row))
+        for b, row in enumerate(KINDS)
+    ]
+    return Reader(AnchorPool([], config.pool, {}), records, config)
+
+
+def make_outcomes() -> dict[str, Outcome]:
+    """Every answer has one token and an end of turn; −log p of a token is its question's number, of the end 1."""
+    numbers = np.arange(1.0, 7.0)
+    return {
+        condition: Outcome(np.array([hit for row in HITS[condition] for hit in row], float), (numbers + 1) / 2, numbers)
+        for condition in CONDITIONS
+    }
 
 
 def test_a_summary_counted_by_hand():
-    summary = summarise(make_table(), 3, make_config(()))
+    summary = summarise(make_outcomes(), make_reader(make_config(())), make_config(()))
     values = {condition: summary[condition]["value"] for condition in CONDITIONS}
     assert values == pytest.approx({"ceiling": 5 / 6, "latents": 4 / 6, "swapped": 2 / 6, "floor": 2 / 6})
     assert summary["recovered_share"]["value"] == pytest.approx((4 - 2) / (5 - 2))
@@ -113,7 +135,8 @@ def test_a_summary_counted_by_hand():
 
 
 def test_held_out_kinds_stand_apart_from_the_headline():
-    summary = summarise(make_table(), 3, make_config(("exist",)))
+    config = make_config(("exist",))
+    summary = summarise(make_outcomes(), make_reader(config), config)
     assert summary["latents"]["value"] == pytest.approx(2 / 3)
     assert summary["latents"] == summary["kinds"]["count"]["latents"]
     assert summary["held_out_kinds"]["latents"]["value"] == pytest.approx(2 / 3)
@@ -121,21 +144,51 @@ def test_held_out_kinds_stand_apart_from_the_headline():
     assert summary["held_out_kinds"]["ceiling"]["n"] == 3
 
 
+class Replies:
+    """A pool that gives prepared replies, one per call; what reading makes of them is the subject."""
+
+    names = ("A",)
+
+    def __init__(self, *replies: ReadReply):
+        self.lost: dict[str, str] = {}
+        self._replies = iter(replies)
+
+    def new_request_id(self) -> str:
+        return "r"
+
+    def read(self, requests: dict[str, ReadRequest]) -> dict[str, ReadReply]:
+        return {"A": next(self._replies)}
+
+
+def one_image(count_end_of_turn: bool) -> tuple[list[Record], Config]:
+    questions = (KindQuestion("exist", "?", "yes"),) * 2
+    pool = {"count_end_of_turn": count_end_of_turn}
+    tree = make_config(()).model_dump(mode="json") | {"pool": pool}
+    return [Record("image", "toy", Path("unused"), questions)], parse_config(tree, "test")
+
+
 def test_an_answer_is_a_hit_only_if_all_of_its_tokens_are():
-    table = AnswerTable()
     reply = ReadReply("r", "A", 0, [[[-1.0, -2.0, -6.0]] * 2], [[[True, True, False], [True, True, True]]])
-    table.add("latents", [reply], count_end_of_turn=False)
-    assert table.hits["latents"] == [False, True]
-    assert table.nll["latents"] == [1.5, 1.5]
+    outcome = Reader(Replies(reply), *one_image(count_end_of_turn=False)).nothing()["A"]
+    assert outcome.hits_N.tolist() == [0.0, 1.0]
+    assert outcome.nll_N.tolist() == [1.5, 1.5]
+    assert outcome.first_token_nll_N.tolist() == [1.0, 1.0]
 
 
 def test_several_readings_are_averaged_question_by_question():
-    table = AnswerTable()
     readings = [
         ReadReply("r", "A", 0, [[[-1.0, -3.0], [-2.0, -2.0]]], [[[True, True], [False, True]]]),
         ReadReply("r", "A", 0, [[[-3.0, -5.0], [-2.0, -4.0]]], [[[True, False], [False, True]]]),
     ]
-    table.add("swapped", readings, count_end_of_turn=True)
-    assert table.hits["swapped"] == [0.5, 0.0]
-    assert table.nll["swapped"] == [3.0, 2.5]
-    assert table.first_token_nll["swapped"] == [2.0, 2.0]
+    reader = Reader(Replies(*readings), *one_image(count_end_of_turn=True))
+    mean = mean_outcomes([reader.nothing(), reader.nothing()])["A"]
+    assert mean.hits_N.tolist() == [0.5, 0.0]
+    assert mean.nll_N.tolist() == [3.0, 2.5]
+    assert mean.first_token_nll_N.tolist() == [2.0, 2.0]
+
+
+def test_an_anchor_that_was_dropped_ends_the_evaluation_by_name():
+    pool = Replies()
+    pool.read, pool.lost = lambda requests: {}, {"A": "anchor A: its process died"}
+    with pytest.raises(AnchorLostError, match="evaluation needs every anchor: anchor A: its process died"):
+        Reader(pool, *one_image(count_end_of_turn=True)).nothing()

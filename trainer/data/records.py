@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,13 +38,23 @@ class Record:
     questions: tuple[KindQuestion, ...]
     scene: Mapping[str, Any] = field(default_factory=dict)
 
-    def load_image(self) -> Image.Image:
-        """The image as RGB. Raises DataError naming file and record."""
+    def image_bytes(self) -> bytes:
+        """The image's file. Raises DataError naming file and record."""
         try:
-            with Image.open(self.image_path) as image:
+            return self.image_path.read_bytes()
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def load_image(self, image_bytes: bytes | None = None) -> Image.Image:
+        """The image as RGB, from its file or from what `image_bytes` gave. Raises DataError naming file and record."""
+        try:
+            with Image.open(self.image_path if image_bytes is None else io.BytesIO(image_bytes)) as image:
                 return image.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(
-                f"{self.image_path}: image of record {self.record_id} cannot be read "
-                f"({' '.join(str(error).split())}); replace the file, or set data.on_error: skip"
-            ) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self.image_path}: image of record {self.record_id} cannot be read "
+            f"({' '.join(str(error).split())}); replace the file, or set data.on_error: skip"
+        )

@@ -1,4 +1,4 @@
-"""Reading: how well each anchor answers from the latents, and from what bounds them.
+"""Reading: what each anchor makes of a split's questions under some condition, and the four that bound the latents.
 
     ceiling   the anchor with the real image
     latents   the anchor with the latents of the image
@@ -8,52 +8,220 @@
 Exact match means that greedy decoding gives the reference answer and then ends its turn; it is read off the
 same pass as the likelihood (see `ReadReply.matches`).
 
-Legend: B images, K latents, D width.
+Legend: B images, K latents, D width, N questions of all images together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from anchor_service.pool import AnchorPool
 from shared.config import Config
-from shared.messages import Question, ReadReply, ReadRequest
-from shared.reading import nll_per_image
+from shared.errors import AnchorLostError
+from shared.messages import ReadReply, ReadRequest
 from trainer.data.records import Record
 from trainer.data.sampling import derangement
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
+Item = TypeVar("Item")
 CONDITIONS = ("ceiling", "latents", "swapped", "floor")
-Progress = Callable[[int, int], None]
 N_SWAPS = 4
 """Other images whose latents each question is answered from: with one, chance alone moves the mean by a point."""
+Advance = Callable[[int], None]
+"""Called with the number of images read since the last call."""
 
 
-@dataclass(slots=True)
-class AnswerTable:
-    """One row per question: what an anchor made of it under each condition; hits are 0 or 1, or a mean of such."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one anchor made of N questions under one condition.
 
-    images: list[int] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-    hits: dict[str, list[float]] = field(default_factory=lambda: {c: [] for c in CONDITIONS})
-    nll: dict[str, list[float]] = field(default_factory=lambda: {c: [] for c in CONDITIONS})
-    first_token_nll: dict[str, list[float]] = field(default_factory=lambda: {c: [] for c in CONDITIONS})
+    hits_N: exact match, 0 or 1, or a mean over several readings. nll_N: −log p in nats per answer token.
+    first_token_nll_N: of the first answer token alone.
+    """
 
-    def add(self, condition: str, replies: Sequence[ReadReply], count_end_of_turn: bool) -> None:
-        """Append the questions of one or several readings under one condition, averaged question by question."""
-        readings = np.mean([_per_question(reply, count_end_of_turn) for reply in replies], axis=0)
-        for values, column in zip((self.hits, self.nll, self.first_token_nll), readings.T, strict=True):
-            values[condition] += column.tolist()
+    hits_N: np.ndarray
+    nll_N: np.ndarray
+    first_token_nll_N: np.ndarray
+
+    def select(self, chosen_N: np.ndarray) -> Outcome:
+        """Some of the questions."""
+        return Outcome(self.hits_N[chosen_N], self.nll_N[chosen_N], self.first_token_nll_N[chosen_N])
+
+
+Outcomes = dict[str, Outcome]
+"""By anchor."""
+
+
+class Reader:
+    """Has every anchor of a pool read a split's questions, batch by batch.
+
+    images_N: the image of each question. kinds_N: its kind.
+    """
+
+    def __init__(self, pool: AnchorPool, records: Sequence[Record], config: Config, advance: Advance = lambda _: None):
+        self.records = records
+        self.images_N = np.repeat(np.arange(len(records)), [len(record.questions) for record in records])
+        self.kinds_N = np.array([question.kind for record in records for question in record.questions])
+        self._pool = pool
+        self._questions = [[question.message for question in record.questions] for record in records]
+        self._batch_images = config.evaluation.batch_images
+        self._count_end_of_turn = config.pool.count_end_of_turn
+        self._advance = advance
+
+    def latents(self, latents_BKD: Tensor) -> Outcomes:
+        """Latents in place of the image, as many as there are images; K may be smaller than in training."""
+        return self._read(lambda here: latents_BKD[here].contiguous())
+
+    def nothing(self, image_markers: bool = True) -> Outcomes:
+        """The question alone, with or without the tokens that stand around an image."""
+        return self._read(lambda _: None, image_markers)
+
+    def images(self) -> Outcomes:
+        """The real images."""
+
+        def read(here: slice) -> dict[str, ReadReply]:
+            images = [record.image_path.read_bytes() for record in self.records[here]]
+            return self._pool.read_images(images, self._questions[here], self._pool.names)
+
+        return self._gather(read)
+
+    def _read(self, latents_of_batch: Callable[[slice], Tensor | None], image_markers: bool = True) -> Outcomes:
+        def read(here: slice) -> dict[str, ReadReply]:
+            request = ReadRequest(
+                self._pool.new_request_id(),
+                self._questions[here],
+                latents_of_batch(here),
+                image_markers=image_markers,
+            )
+            return self._pool.read(dict.fromkeys(self._pool.names, request))
+
+        return self._gather(read)
+
+    def _gather(self, read: Callable[[slice], dict[str, ReadReply]]) -> Outcomes:
+        rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in self._pool.names}
+        for here in _slices(len(self.records), self._batch_images):
+            replies = read(here)
+            for name in rows:
+                if name not in replies:
+                    raise AnchorLostError(f"evaluation needs every anchor: {self._pool.lost[name]}")
+                rows[name] += _per_question(replies[name], self._count_end_of_turn)
+            self._advance(len(self.records[here]))
+        return {name: Outcome(*np.array(values).T) for name, values in rows.items()}
+
+
+@torch.no_grad()
+def latents_of(generator: Generator, features: ImageFeatures, records: Sequence[Record], batch_images: int) -> Tensor:
+    """(B, K, D) latents of all records, in evaluation mode."""
+    generator.train(False)
+    latents = []
+    for chunk in batched(records, batch_images):
+        images = features.prepare([features.open(record) for record in chunk])
+        latents.append(generator.emit(features.tokens(images)))
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def latents_of_images(generator: Generator, images: Iterable[Image.Image], batch_images: int) -> Tensor:
+    """(B, K, D) latents of images, in evaluation mode; no more than a batch of them is held at a time."""
+    generator.train(False)
+    latents = []
+    for batch in batched(images, batch_images):
+        inputs = generator.model.image_inputs(batch)
+        latents.append(generator.emit(generator.image_tokens_from(inputs)))
+    return torch.cat(latents)
+
+
+def batched(items: Iterable[Item], n: int) -> Iterator[list[Item]]:
+    """Lists of n items, the last one perhaps shorter."""
+    rest = iter(items)
+    while batch := list(itertools.islice(rest, n)):
+        yield batch
+
+
+def mean_nll(
+    generator: Generator, features: ImageFeatures, pool: AnchorPool, records: Sequence[Record], config: Config
+) -> dict[str, float]:
+    """Mean NLL over images per anchor, reading latents; the quick figure of validation."""
+    reader = Reader(pool, records, config)
+    outcomes = reader.latents(latents_of(generator, features, records, config.evaluation.batch_images))
+    counts_B = np.bincount(reader.images_N)
+    return {name: float(np.mean(np.bincount(reader.images_N, o.nll_N) / counts_B)) for name, o in outcomes.items()}
+
+
+def read_bounds(reader: Reader) -> dict[str, Outcomes]:
+    """Ceiling and floor: they do not depend on any latents."""
+    return {"ceiling": reader.images(), "floor": reader.nothing()}
+
+
+def read_latents(reader: Reader, latents_BKD: Tensor, seed: int) -> dict[str, Outcomes]:
+    """The latents of each image, and those of others."""
+    # At random, not from the neighbour: data sets balance answers in order, so neighbours are not independent.
+    others = [torch.from_numpy(derangement(len(latents_BKD), seed + i)) for i in range(N_SWAPS)]
+    swapped = mean_outcomes([reader.latents(latents_BKD[other]) for other in others])
+    return {"latents": reader.latents(latents_BKD), "swapped": swapped}
+
+
+def mean_outcomes(readings: Sequence[Outcomes]) -> Outcomes:
+    """Several readings of the same questions, averaged question by question."""
+
+    def mean(outcomes: list[Outcome]) -> Outcome:
+        return Outcome(
+            np.mean([o.hits_N for o in outcomes], axis=0),
+            np.mean([o.nll_N for o in outcomes], axis=0),
+            np.mean([o.first_token_nll_N for o in outcomes], axis=0),
+        )
+
+    return {name: mean([reading[name] for reading in readings]) for name in readings[0]}
+
+
+def of_anchor(by_condition: Mapping[str, Outcomes], name: str) -> dict[str, Outcome]:
+    """One anchor's outcomes by condition."""
+    return {condition: outcomes[name] for condition, outcomes in by_condition.items()}
+
+
+def summarise(outcomes: Mapping[str, Outcome], reader: Reader, config: Config) -> dict[str, object]:
+    """Figures of one anchor from its outcomes by condition: over the kinds trained on, per kind, and held-out."""
+    bootstrap = ImageBootstrap(len(reader.records), config.evaluation.bootstrap_samples, config.train.seed)
+    held_out_N = np.isin(reader.kinds_N, config.data.held_out_kinds)
+    summary: dict[str, object] = _figures(outcomes, reader.images_N, ~held_out_N, bootstrap)
+    summary["kinds"] = {
+        str(kind): _figures(outcomes, reader.images_N, reader.kinds_N == kind, bootstrap)
+        for kind in np.unique(reader.kinds_N)
+    }
+    if held_out_N.any():
+        summary["held_out_kinds"] = _figures(outcomes, reader.images_N, held_out_N, bootstrap)
+    return summary
+
+
+def _figures(
+    outcomes: Mapping[str, Outcome], images_N: np.ndarray, chosen_N: np.ndarray, bootstrap: ImageBootstrap
+) -> dict[str, object]:
+    def per_image(values_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return bootstrap.per_image(images_N[chosen_N], values_N[chosen_N])
+
+    hits = {c: per_image(outcomes[c].hits_N) for c in CONDITIONS}
+    figures: dict[str, object] = {c: bootstrap.mean(*hits[c]).to_json() for c in CONDITIONS}
+    share: Figure = bootstrap.ratio(recovered_share, [hits["latents"], hits["floor"], hits["ceiling"]])
+    figures["recovered_share"] = share.to_json()
+    figures["nll"] = {c: bootstrap.mean(*per_image(outcomes[c].nll_N)).to_json() for c in CONDITIONS}
+    figures["first_token_nll"] = {
+        c: bootstrap.mean(*per_image(outcomes[c].first_token_nll_N)).to_json() for c in CONDITIONS
+    }
+    return figures
 
 
 def _per_question(reply: ReadReply, count_end_of_turn: bool) -> list[tuple[float, float, float]]:
-    """Hit, NLL in nats per token, and NLL of the first token, for every question of a reply."""
+    """Hit, NLL, and NLL of the first token, for every question of a reply."""
     rows = []
     for logprobs, matches in zip(reply.logprobs, reply.matches, strict=True):
         for tokens, token_matches in zip(logprobs, matches, strict=True):
@@ -62,103 +230,6 @@ def _per_question(reply: ReadReply, count_end_of_turn: bool) -> list[tuple[float
     return rows
 
 
-@torch.no_grad()
-def latents_of(generator: Generator, records: Sequence[Record], batch_images: int) -> Tensor:
-    """(B, K, D) latents of all records, in evaluation mode."""
-    generator.train(False)
-    latents = []
-    for chunk in _chunks(records, batch_images):
-        inputs = generator.model.image_inputs([record.load_image() for record in chunk])
-        latents.append(generator.emit(generator.image_tokens_from(inputs)))
-    return torch.cat(latents)
-
-
-def mean_nll(generator: Generator, pool: AnchorPool, records: Sequence[Record], config: Config) -> dict[str, float]:
-    """Mean NLL over images per anchor, reading latents; the quick figure of validation."""
-    latents_BKD = latents_of(generator, records, config.evaluation.batch_images)
-    sums = dict.fromkeys(pool.names, 0.0)
-    first = 0
-    for chunk in _chunks(records, config.evaluation.batch_images):
-        replies = _read(pool, latents_BKD[first : first + len(chunk)], _questions(chunk))
-        first += len(chunk)
-        for name, reply in replies.items():
-            sums[name] += sum(nll_per_image(reply.logprobs, config.pool.count_end_of_turn))
-    return {name: total / len(records) for name, total in sums.items() if name in pool.names}
-
-
-def read_all(
-    generator: Generator, pool: AnchorPool, records: Sequence[Record], config: Config, progress: Progress
-) -> dict[str, AnswerTable]:
-    """Every question of every record under every condition, by anchor. `progress` gets (images done, all)."""
-    latents_BKD = latents_of(generator, records, config.evaluation.batch_images)
-    # At random, not from the neighbour: data sets balance answers in order, so neighbours are not independent.
-    others = [torch.from_numpy(derangement(len(records), config.train.seed + i)) for i in range(N_SWAPS)]
-    tables = {name: AnswerTable() for name in pool.names}
-    first = 0
-    for chunk in _chunks(records, config.evaluation.batch_images):
-        here = slice(first, first + len(chunk))
-        questions = _questions(chunk)
-        replies = {
-            "ceiling": [pool.read_images([r.image_path.read_bytes() for r in chunk], questions, pool.names)],
-            "latents": [_read(pool, latents_BKD[here], questions)],
-            "swapped": [_read(pool, latents_BKD[other[here]], questions) for other in others],
-            "floor": [_read(pool, None, questions)],
-        }
-        for name, table in tables.items():
-            for condition, readings in replies.items():
-                by_anchor = [reading[name] for reading in readings]
-                table.add(condition, by_anchor, config.pool.count_end_of_turn)
-            for i, record in enumerate(chunk):
-                table.images += [first + i] * len(record.questions)
-                table.kinds += [question.kind for question in record.questions]
-        first += len(chunk)
-        progress(first, len(records))
-    return tables
-
-
-def summarise(table: AnswerTable, n_images: int, config: Config) -> dict[str, object]:
-    """Figures of one anchor: over the kinds trained on, per kind, and over the held-out kinds."""
-    bootstrap = ImageBootstrap(n_images, config.evaluation.bootstrap_samples, config.train.seed)
-    kinds, images = np.array(table.kinds), np.array(table.images)
-    held_out = np.isin(kinds, config.data.held_out_kinds)
-    summary: dict[str, object] = _figures(table, images, ~held_out, n_images, bootstrap)
-    summary["kinds"] = {
-        kind: _figures(table, images, kinds == kind, n_images, bootstrap) for kind in sorted(set(table.kinds))
-    }
-    if held_out.any():
-        summary["held_out_kinds"] = _figures(table, images, held_out, n_images, bootstrap)
-    return summary
-
-
-def _figures(
-    table: AnswerTable, images: np.ndarray, chosen: np.ndarray, n_images: int, bootstrap: ImageBootstrap
-) -> dict[str, object]:
-    counts = np.bincount(images[chosen], minlength=n_images).astype(float)
-
-    def sums(values: Sequence[float]) -> np.ndarray:
-        return np.bincount(images[chosen], weights=np.array(values, dtype=float)[chosen], minlength=n_images)
-
-    hits = {c: (sums(table.hits[c]), counts) for c in CONDITIONS}
-    figures: dict[str, object] = {c: bootstrap.mean(*hits[c]).to_json() for c in CONDITIONS}
-    share: Figure = bootstrap.ratio(recovered_share, [hits["latents"], hits["floor"], hits["ceiling"]])
-    figures["recovered_share"] = share.to_json()
-    figures["nll"] = {c: bootstrap.mean(sums(table.nll[c]), counts).to_json() for c in CONDITIONS}
-    figures["first_token_nll"] = {
-        c: bootstrap.mean(sums(table.first_token_nll[c]), counts).to_json() for c in CONDITIONS
-    }
-    return figures
-
-
-def _read(pool: AnchorPool, latents: Tensor | None, questions: Sequence[Sequence[Question]]) -> dict[str, ReadReply]:
-    plain = None if latents is None else latents.contiguous()
-    request = ReadRequest(pool.new_request_id(), questions, plain)
-    return pool.read(dict.fromkeys(pool.names, request))
-
-
-def _questions(records: Sequence[Record]) -> list[list[Question]]:
-    return [[question.message for question in record.questions] for record in records]
-
-
-def _chunks(records: Sequence[Record], n: int) -> Iterator[Sequence[Record]]:
-    for start in range(0, len(records), n):
-        yield records[start : start + n]
+def _slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))

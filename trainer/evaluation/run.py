@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from anchor_service.pool import AnchorPool
-from shared.config import Config, load_config
+from shared.config import AnchorConfig, Config, load_config
 from shared.errors import CheckpointError, ConfigError
-from trainer.checkpoint import CheckpointStore
+from trainer.checkpoint import Checkpoint, CheckpointStore
 from trainer.data import load_records
-from trainer.evaluation.reading import CONDITIONS, read_all, summarise
+from trainer.evaluation.suites import SUITES, Session
+from trainer.evaluation.tables import print_tables
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
 EVALUATION_FILE = "evaluation.json"
+_SECTIONS = {"reading": "anchors"}
+"""Sections of the file are named after their suites, but for this one."""
 
 
 def run_config(run_dir: Path) -> Config:
@@ -28,68 +33,84 @@ def run_config(run_dir: Path) -> Config:
     return load_config(run_dir / "config.yaml", [f"run.dir={run_dir}"])
 
 
-def evaluate_run(config: Config, console: Console) -> dict[str, Any]:
-    """Measure all conditions for all anchors; writes RUN/evaluation.json and prints the tables."""
+def evaluate_run(
+    config: Config, console: Console, suites: Sequence[str] = ("reading",), anchors: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measure suites with all anchors of the config, or the named ones; writes RUN/evaluation.json, prints tables.
+
+    Each suite's section is written as soon as it is done. An evaluation that was interrupted goes on with the suites
+    that it lacks; one that was finished is measured anew. Sections of suites that were not asked for stay as long as
+    checkpoint, split, images, seed and anchors are the same.
+    """
     checkpoint = CheckpointStore(config.run.dir, config.train.keep_checkpoints).best()
     if checkpoint is None:
         raise CheckpointError(f"{config.run.dir}: no checkpoint to evaluate; train first")
+    chosen = chosen_anchors(config, anchors)
     records = load_records(config.data, config.data.test_split)[: config.evaluation.images]
+    header = _header(config, checkpoint, len(records), chosen)
+    file, unfinished = config.run.dir / EVALUATION_FILE, config.run.dir / f".{EVALUATION_FILE}.unfinished"
+    done = _read(unfinished, header)
+    todo = [suite for suite in suites if _section(suite) not in done]
+    if len(todo) < len(suites):
+        console.print(f"going on with an interrupted evaluation: {', '.join(todo) or 'nothing'} left")
     generator = Generator(config.generator, config.train.seed)
     generator.load_adapter(checkpoint.folder)
     shared_base = (generator.model, generator.adapter_off)
     with (
-        AnchorPool.start(config, generator.handshake(), shared_base, config.all_anchors) as pool,
+        AnchorPool.start(config, generator.handshake(), shared_base, chosen) as pool,
+        contextlib.closing(ImageFeatures(generator, config.data.feature_cache)) as features,
         Progress(console=console, disable=not console.is_terminal) as bar,
     ):
-        task = bar.add_task("evaluate", total=len(records))
-        tables = read_all(generator, pool, records, config, lambda done, _: bar.update(task, completed=done))
-    unseen = {anchor.name for anchor in config.evaluation.unseen}
-    result = {
-        "checkpoint": checkpoint.folder.name,
-        "step": checkpoint.step,
-        "split": config.data.test_split,
-        "images": len(records),
-        "seed": config.train.seed,
-        "anchors": {
-            name: {"seen_in_training": name not in unseen, **summarise(table, len(records), config)}
-            for name, table in tables.items()
-        },
-    }
-    temporary = config.run.dir / f".{EVALUATION_FILE}.partial"
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(config.run.dir / EVALUATION_FILE)
-    print_tables(result, console)
+
+        def track(names: Iterable[str], what: str, n: int) -> Iterable[str]:
+            return bar.track(names, total=n, description=what)
+
+        session = Session(config, generator, features, pool, records, track)
+        for suite in todo:
+            done[_section(suite)] = SUITES[suite](session)
+            _write(unfinished, {**header, **done})
+    result = {**header, **_read(file, header), **done}
+    _write(file, result)
+    unfinished.unlink(missing_ok=True)
+    print_tables(result, [_section(suite) for suite in suites], console)
     return result
 
 
-def print_tables(result: dict[str, Any], console: Console) -> None:
-    """Headline and per-kind accuracy, for people."""
-    headline = Table(title=f"Exact match on {result['images']} unseen images (95 % interval)")
-    for column in ("anchor", *CONDITIONS, "recovered share"):
-        headline.add_column(column, justify="left" if column == "anchor" else "right")
-    for name, figures in result["anchors"].items():
-        label = name if figures["seen_in_training"] else f"{name} (unseen)"
-        headline.add_row(label, *(_cell(figures[c]) for c in CONDITIONS), _cell(figures["recovered_share"]))
-        if "held_out_kinds" in figures:
-            held = figures["held_out_kinds"]
-            row = (_cell(held[c]) for c in CONDITIONS)
-            headline.add_row(f"{name}, held-out kinds", *row, _cell(held["recovered_share"]), style="dim")
-    console.print(headline)
-
-    by_kind = Table(title="Exact match by kind of question: latents (ceiling, floor)")
-    by_kind.add_column("kind")
-    for name in result["anchors"]:
-        by_kind.add_column(name, justify="right")
-    for kind in next(iter(result["anchors"].values()))["kinds"]:
-        cells = []
-        for figures in result["anchors"].values():
-            f = figures["kinds"][kind]
-            cells.append(f"{f['latents']['value']:.3f} ({f['ceiling']['value']:.3f}, {f['floor']['value']:.3f})")
-        by_kind.add_row(kind, *cells)
-    console.print(by_kind)
+def chosen_anchors(config: Config, names: Sequence[str]) -> tuple[AnchorConfig, ...]:
+    """The anchors of these names, or all. Raises ConfigError for a name that the config lacks."""
+    by_name = {anchor.name: anchor for anchor in config.all_anchors}
+    for name in names:
+        if name not in by_name:
+            raise ConfigError(f"--anchors: no anchor {name!r} in {config.run.dir}; there are {', '.join(by_name)}")
+    return tuple(by_name[name] for name in names) if names else config.all_anchors
 
 
-def _cell(figure: dict[str, float | None]) -> str:
-    if figure["value"] is None:
-        return "undefined"
-    return f"{figure['value']:.3f}\n[{figure['low']:.3f}, {figure['high']:.3f}]"
+def _section(suite: str) -> str:
+    return _SECTIONS.get(suite, suite)
+
+
+def _header(config: Config, checkpoint: Checkpoint, n_images: int, anchors: Sequence[AnchorConfig]) -> dict[str, Any]:
+    """What the figures of all sections belong to."""
+    return {
+        "checkpoint": checkpoint.folder.name,
+        "step": checkpoint.step,
+        "split": config.data.test_split,
+        "images": n_images,
+        "seed": config.train.seed,
+        "anchor_names": [anchor.name for anchor in anchors],
+    }
+
+
+def _read(file: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """Sections of an earlier evaluation, if it has the same header; nothing otherwise."""
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    same = {name: found.get(name) for name in header} == header
+    return {name: section for name, section in found.items() if name not in header} if same else {}
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    temporary = file.with_name(f"{file.name}.partial")
+    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)

@@ -1,17 +1,21 @@
-"""Figures with intervals. The unit of resampling is the image: questions about one image are not independent."""
+"""Figures with intervals. The unit of resampling is the image: questions about one image are not independent.
+
+Legend: B images, N questions of all images together, S resamples.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A value with its 95 % bootstrap interval; n counts questions."""
+    """A value with its 95 % interval; n counts questions, or runs in a summary over seeds."""
 
     value: float
     low: float
@@ -36,6 +40,12 @@ class ImageBootstrap:
             [np.bincount(rng.integers(0, n_images, n_images), minlength=n_images) for _ in range(n_samples)]
         )
 
+    def per_image(self, images_N: np.ndarray, values_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(sums, counts) per image of values that belong to the images `images_N` (0 … B−1)."""
+        n_images = self._draws_SB.shape[1]
+        sums_B = np.bincount(images_N, weights=values_N, minlength=n_images)
+        return sums_B, np.bincount(images_N, minlength=n_images).astype(float)
+
     def mean(self, sums_B: np.ndarray, counts_B: np.ndarray) -> Figure:
         """Mean over questions, given each image's sum and number of questions."""
         return self.ratio(lambda m: m[0], [(sums_B, counts_B)])
@@ -57,3 +67,15 @@ def recovered_share(means: list[np.ndarray]) -> np.ndarray:
     """(latents − floor) / (ceiling − floor) of the means [latents, floor, ceiling]."""
     latents, floor, ceiling = means
     return np.asarray((latents - floor) / (ceiling - floor))
+
+
+def over_seeds(values: Sequence[float]) -> Figure:
+    """Mean of one figure over runs that differ in their seed, with Student's interval; n counts runs.
+
+    mean ± t(0.975, n − 1) · s / √n with s² = Σ (v − mean)² / (n − 1). One run has no interval (NaN).
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return Figure(mean, math.nan, math.nan, n)
+    half = float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Figure(mean, mean - half, mean + half, n)

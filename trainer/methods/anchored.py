@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from shared.config import Config
 from shared.errors import NonFiniteError
 from shared.messages import ReadReply
-from shared.vlm import ImageTokens
+from shared.vlm import ImageTokens, nearly_square, pooled_image_tokens
 from trainer.bridge import AnchorBridge, PendingRead
 from trainer.data.sampling import Batch
 from trainer.generator import Generator
-from trainer.losses import ConceptHead, concept_loss, half_cosine, nll_multi, norm_loss, pooled_image_tokens
+from trainer.losses import ConceptHead, concept_loss, half_cosine, nll_multi, norm_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class AnchoredMethod:
         """The loss of an emitted batch, once the anchors have answered. Raises whatever the pool raises."""
         w = self._config.loss
         read = emitted.read.output()
-        target_BKD = pooled_image_tokens(emitted.tokens, self._generator.n_latents)
+        target_BKD = pooled_image_tokens(emitted.tokens, nearly_square(self._generator.n_latents))
 
         nll = nll_multi(read.nll_RB, read.weights_R)
         concept = concept_loss(self.head(emitted.latents_BKD), target_BKD)

@@ -1,0 +1,99 @@
+"""The suites of `evaluate` give the same numbers however they are read, and go on where they were interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from shared.config import Config, parse_config
+from tests.integration.helpers import training_tree
+from trainer.evaluation import run as evaluation_run
+from trainer.evaluation.run import evaluate_run
+from trainer.loop import train_run
+
+QUIET = Console(quiet=True)
+SUITES = ("reading", "causal", "controls", "geometry")
+
+
+def config_of(toy: Path, run_dir: Path, placement: str = "local", batch_images: int = 4) -> Config:
+    tree = training_tree(
+        toy,
+        run_dir,
+        placement,
+        train={"steps": 2, "checkpoint_every": 2},
+        evaluation={"images": 7, "batch_images": batch_images, "bootstrap_samples": 100},
+    )
+    return parse_config(tree, "test")
+
+
+@pytest.fixture
+def trained(toy_folder: Path, tmp_path: Path) -> Path:
+    train_run(config_of(toy_folder, tmp_path / "run"), resume=False)
+    return tmp_path / "run"
+
+
+def assert_near(one: Any, other: Any, where: str = "") -> None:
+    """Equal up to the rounding of another batch size: the same hits, NLLs near."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_near(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_near(a, b, f"{where}/{i}")
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4), where
+    else:
+        assert one == other, where
+
+
+def test_batch_size_and_placement_do_not_change_a_number(clean_ray: None, toy_folder: Path, trained: Path) -> None:
+    local = evaluate_run(config_of(toy_folder, trained), QUIET, SUITES)
+    remote = evaluate_run(config_of(toy_folder, trained, "ray", batch_images=3), QUIET, SUITES)
+    assert set(local) >= {"anchors", "causal", "controls", "geometry"}
+    assert_near(local, remote)
+    assert json.loads((trained / "evaluation.json").read_text()) == json.loads(json.dumps(remote))
+
+
+def test_an_interrupted_evaluation_goes_on_and_a_finished_one_starts_anew(
+    toy_folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def noting(name: str, suite: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def measure(session: Any) -> Any:
+            measured.append(name)
+            return suite(session)
+
+        return measure
+
+    def interrupted(_session: Any) -> Any:
+        raise KeyboardInterrupt
+
+    suites = {name: noting(name, suite) for name, suite in evaluation_run.SUITES.items()}
+    config = config_of(toy_folder, trained)
+    monkeypatch.setattr(evaluation_run, "SUITES", {**suites, "causal": interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(config, QUIET, ("reading", "causal"))
+    assert not (trained / "evaluation.json").exists()
+    monkeypatch.setattr(evaluation_run, "SUITES", suites)
+    result = evaluate_run(config, QUIET, ("reading", "causal"))
+    assert measured == ["reading", "causal"]
+    assert set(result) >= {"anchors", "causal"}
+    again = evaluate_run(config, QUIET, ("reading",))
+    assert measured == ["reading", "causal", "reading"]
+    assert again == result, "the causal section belongs to the same checkpoint and stays"
+    other_seed = config.model_copy(update={"train": config.train.model_copy(update={"seed": 5})})
+    assert "causal" not in evaluate_run(other_seed, QUIET, ("reading",))
+
+
+def test_untrained_latents_are_inert(toy_folder: Path, trained: Path) -> None:
+    result = evaluate_run(config_of(toy_folder, trained), QUIET, ("causal",))
+    assert [figures["verdict"] for figures in result["causal"].values()] == ["inert", "inert"]

@@ -1,0 +1,313 @@
+"""The suites of `evaluate`: each turns one session into one section of evaluation.json.
+
+    reading    ceiling, latents, swapped, floor, by anchor and kind of question
+    causal     the content of the latents is swapped, everything else stays; a verdict by stated rules
+    controls   the image is replaced or disturbed before the generator sees it
+    geometry   how the latents lie, what each slot is worth, what a linear probe reads from them
+    transfer   readers of another family and width, through a closed-form projector
+
+Figures of causal and controls are over the kinds of question that were trained on, as in the headline of reading.
+
+Legend: B images, K latents, D width, N questions of all images together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anchor_service.pool import AnchorPool
+from shared.config import Config
+from shared.errors import DataError
+from shared.messages import LatentPositions, Question
+from shared.packing import latent_media
+from shared.reading import pack_questions
+from shared.vlm import nearly_square, pooled_image_tokens
+from trainer.data import training_records
+from trainer.data.records import Record
+from trainer.evaluation import geometry
+from trainer.evaluation.causal import CausalTest, causal_tests
+from trainer.evaluation.perturbations import mismatched, perturbations
+from trainer.evaluation.pgd import adversarial_latents
+from trainer.evaluation.probe import linear_probes
+from trainer.evaluation.reading import (
+    Outcomes,
+    Reader,
+    batched,
+    latents_of,
+    latents_of_images,
+    of_anchor,
+    read_bounds,
+    read_latents,
+    summarise,
+)
+from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
+from trainer.evaluation.transfer import FIT_IMAGES, read_through_projectors
+from trainer.evaluation.verdict import VERDICT_TESTS, lost_share, paired_differences, verdict
+from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
+
+Track = Callable[[Iterable[str], str, int], Iterable[str]]
+"""Iterates with a progress bar: names, of what, how many."""
+_VISUAL_IMAGES = 64
+"""Images whose visual tokens stand for all where a distribution is asked for."""
+
+
+@dataclass
+class Session:
+    """One checkpoint, its anchors and a split. What several suites need is computed once, when first asked for."""
+
+    config: Config
+    generator: Generator
+    features: ImageFeatures
+    pool: AnchorPool
+    records: list[Record]
+    track: Track
+    _tests_read: dict[str, Outcomes] = field(default_factory=dict)
+
+    @cached_property
+    def reader(self) -> Reader:
+        return Reader(self.pool, self.records, self.config)
+
+    @cached_property
+    def latents_BKD(self) -> Tensor:
+        return latents_of(self.generator, self.features, self.records, self.config.evaluation.batch_images)
+
+    @cached_property
+    def conditions(self) -> dict[str, Outcomes]:
+        return read_bounds(self.reader) | read_latents(self.reader, self.latents_BKD, self.config.train.seed)
+
+    @cached_property
+    def pooled_BKD(self) -> Tensor:
+        """The images' own visual tokens, pooled to K."""
+        return torch.cat([pooled for pooled, _ in self.visual_tokens(self.records)])
+
+    @cached_property
+    def visual_ND(self) -> Tensor:
+        """Visual tokens of the first images, as they are."""
+        return torch.cat([tokens for _, tokens in self.visual_tokens(self.records[:_VISUAL_IMAGES])])
+
+    @cached_property
+    def bootstrap(self) -> ImageBootstrap:
+        return ImageBootstrap(len(self.records), self.config.evaluation.bootstrap_samples, self.config.train.seed)
+
+    @cached_property
+    def causal_tests(self) -> dict[str, CausalTest]:
+        return causal_tests(self.generator.n_latents, self.visual_ND, self.pooled_BKD, self.config.train.seed)
+
+    def read_tests(self, names: Sequence[str], what: str) -> dict[str, Outcomes]:
+        """Outcomes of causal tests; each is read once, whichever suites ask for it."""
+        missing = [name for name in names if name not in self._tests_read]
+        for name in self.track(missing, what, len(missing)):
+            test = self.causal_tests[name]
+            swapped_BKD = test.swap(self.latents_BKD)
+            if swapped_BKD.shape[1]:
+                self._tests_read[name] = self.reader.latents(swapped_BKD)
+            else:
+                self._tests_read[name] = self.reader.nothing(image_markers=test.keeps_markers)
+        return {name: self._tests_read[name] for name in names}
+
+    @property
+    def trained_N(self) -> np.ndarray:
+        """Which questions are of a kind that was trained on."""
+        return ~np.isin(self.reader.kinds_N, self.config.data.held_out_kinds)
+
+    @torch.no_grad()
+    def visual_tokens(self, records: list[Record]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch: visual tokens pooled to K (B, K, D), and as they are (N, D)."""
+        for chunk in batched(records, self.config.evaluation.batch_images):
+            tokens = self.features.tokens(self.features.prepare([self.features.open(record) for record in chunk]))
+            yield pooled_image_tokens(tokens, nearly_square(self.generator.n_latents)), torch.cat(tokens.tokens)
+
+
+def reading_suite(s: Session) -> dict[str, Any]:
+    """By anchor: figures under every condition."""
+    unseen = {anchor.name for anchor in s.config.evaluation.unseen}
+    return {
+        name: {"seen_in_training": name not in unseen, **summarise(of_anchor(s.conditions, name), s.reader, s.config)}
+        for name in s.pool.names
+    }
+
+
+def causal_suite(s: Session) -> dict[str, Any]:
+    """By anchor: every test against the latents as they are, and the verdict."""
+    swapped = s.read_tests(list(s.causal_tests), "causal")
+    section = {}
+    for anchor in s.pool.names:
+        lost = {test: _lost_share(s, swapped[test], anchor) for test in VERDICT_TESTS}
+        section[anchor] = {
+            "verdict": str(verdict(lost)),
+            "lost_share": {test: figure.to_json() for test, figure in lost.items()},
+            "tests": {test: _against_latents(s, outcomes, anchor) for test, outcomes in swapped.items()},
+        }
+    return section
+
+
+def controls_suite(s: Session) -> dict[str, Any]:
+    """By anchor: what other images in front of the generator do to the answers about the right one."""
+    names = ["other_image", *perturbations(s.config.train.seed), "pgd"]
+    outcomes = {name: s.reader.latents(_control_latents(s, name)) for name in s.track(names, "controls", len(names))}
+    return {
+        anchor: {name: _against_latents(s, by_anchor, anchor) for name, by_anchor in outcomes.items()}
+        for anchor in s.pool.names
+    }
+
+
+def geometry_suite(s: Session) -> dict[str, Any]:
+    """Figures of the latents themselves, and per anchor what each slot is worth to it."""
+    latents_BKD = s.latents_BKD.float().cpu()
+    per_image = {
+        "slot_cosine": geometry.slot_cosine(latents_BKD),
+        "between_image_cosine": geometry.between_image_cosine(latents_BKD).mean(dim=1),
+        "effective_rank": geometry.effective_rank(latents_BKD),
+        "relative_norm": geometry.relative_norm(latents_BKD, s.visual_ND.cpu()).mean(dim=1),
+        "visual_cosine": geometry.visual_cosine(latents_BKD, s.pooled_BKD.cpu()).mean(dim=1),
+    }
+    ones_B = np.ones(len(s.records))
+    units_BKD = torch.nn.functional.normalize(latents_BKD, dim=-1)
+    return {
+        "figures": {name: s.bootstrap.mean(values.numpy(), ones_B).to_json() for name, values in per_image.items()},
+        "slot_cosine": (units_BKD @ units_BKD.transpose(1, 2)).mean(dim=0).tolist(),
+        "norms": {
+            "latents": _quartiles(latents_BKD.norm(dim=-1)),
+            "image_tokens": _quartiles(s.visual_ND.float().cpu().norm(dim=-1)),
+        },
+        "slots": _slot_figures(s),
+        "probes": _probe_figures(s),
+    }
+
+
+def transfer_suite(s: Session) -> dict[str, Any]:
+    """By reader of another family: the latents through closed-form projectors fitted on training images."""
+    fit_records = training_records(s.config.data, s.config.train.seed)[:FIT_IMAGES]
+    fit_sources = {
+        "visual_tokens": torch.cat([pooled for pooled, _ in s.visual_tokens(fit_records)]),
+        "latents": latents_of(s.generator, s.features, fit_records, s.config.evaluation.batch_images),
+    }
+    readers = {reader.name: reader for reader in s.config.evaluation.transfer}
+    return {
+        name: read_through_projectors(s.config, readers[name], s.records, s.latents_BKD, fit_records, fit_sources)
+        for name in s.track(readers, "transfer", len(readers))
+    }
+
+
+SUITES: dict[str, Callable[[Session], dict[str, Any]]] = {
+    "reading": reading_suite,
+    "causal": causal_suite,
+    "controls": controls_suite,
+    "geometry": geometry_suite,
+    "transfer": transfer_suite,
+}
+
+
+def _control_latents(s: Session, name: str) -> Tensor:
+    seed, batch_images = s.config.train.seed, s.config.evaluation.batch_images
+    if name == "pgd":
+        return adversarial_latents(s.generator, s.pool, s.records, batch_images)
+    if name == "other_image":
+        # The first question's answer stands for the image's: another picture for which it would be wrong.
+        answers_B = [record.questions[0].answer for record in s.records]
+        return s.latents_BKD[torch.from_numpy(mismatched(answers_B, seed))]
+    images = (perturbations([seed, i])[name](record.load_image()) for i, record in enumerate(s.records))
+    return latents_of_images(s.generator, images, batch_images)
+
+
+def _against_latents(s: Session, changed: Outcomes, anchor: str) -> dict[str, Any]:
+    """Figures of one test for one anchor, and paired differences from the latents as they are."""
+    keep_N = s.trained_N
+    images_N = s.reader.images_N[keep_N]
+    outcome, plain = changed[anchor].select(keep_N), s.conditions["latents"][anchor].select(keep_N)
+    floor, ceiling = (s.conditions[c][anchor].select(keep_N) for c in ("floor", "ceiling"))
+    parts = [s.bootstrap.per_image(images_N, o.hits_N) for o in (outcome, floor, ceiling)]
+    figures = {
+        "accuracy": s.bootstrap.mean(*parts[0]),
+        "nll": s.bootstrap.mean(*s.bootstrap.per_image(images_N, outcome.nll_N)),
+        "recovered_share": s.bootstrap.ratio(recovered_share, parts),
+    }
+    differences = paired_differences(s.bootstrap, images_N, plain, outcome)
+    names = {"accuracy": "delta_accuracy", "nll": "delta_nll", "flips": "flip_share"}
+    figures |= {names[name]: figure for name, figure in differences.items()}
+    return {name: figure.to_json() for name, figure in figures.items()}
+
+
+def _lost_share(s: Session, swapped: Outcomes, anchor: str) -> Figure:
+    keep_N = s.trained_N
+    plain, floor = (s.conditions[c][anchor].select(keep_N) for c in ("latents", "floor"))
+    return lost_share(s.bootstrap, s.reader.images_N[keep_N], plain, swapped[anchor].select(keep_N), floor)
+
+
+def _slot_figures(s: Session) -> dict[str, Any]:
+    """By anchor: utility of all slots together, of each alone, and how many help."""
+    names = ["zero_all", *(f"keep_one_{k}" for k in range(s.generator.n_latents))]
+    outcomes = s.read_tests(names, "slots alone")
+    section = {}
+    for anchor in s.pool.names:
+        nothing_N = outcomes["zero_all"][anchor].nll_N
+        alone_KN = np.stack([outcomes[name][anchor].nll_N for name in names[1:]])
+
+        def worth(nll_N: np.ndarray, nothing_N: np.ndarray = nothing_N) -> dict[str, Any]:
+            utility_N = geometry.utility(nll_N, nothing_N)
+            return s.bootstrap.mean(*s.bootstrap.per_image(s.reader.images_N, utility_N)).to_json()
+
+        section[anchor] = {
+            "utility": worth(s.conditions["latents"][anchor].nll_N),
+            "utility_alone": [worth(nll_N) for nll_N in alone_KN],
+            "helpful_slots": geometry.helpful_slots(alone_KN, nothing_N),
+        }
+    return section
+
+
+def _probe_figures(s: Session) -> dict[str, Any] | None:
+    """Linear probes for the answer to the split's most frequent question; None where it has too few answers.
+
+    The answer position is that of the generator's own base model, which reads the latents as an anchor does.
+    """
+    texts = [question.text for record in s.records for question in record.questions]
+    asked = max(sorted(set(texts)), key=texts.count)
+    rows = [(b, q.answer) for b, r in enumerate(s.records) for q in r.questions if q.text == asked]
+    images_N, answers_N = np.array([b for b, _ in rows]), [answer for _, answer in rows]
+    latents_NKD = s.latents_BKD[torch.from_numpy(images_N)]
+    states = [
+        _answer_states(s, latents, [Question(asked, answer) for answer in answers])
+        for latents, answers in zip(
+            latents_NKD.split(s.config.evaluation.batch_images),
+            batched(answers_N, s.config.evaluation.batch_images),
+            strict=True,
+        )
+    ]
+    try:
+        figures = linear_probes(
+            s.bootstrap,
+            latents_NKD.float().flatten(1).cpu().numpy(),
+            torch.cat(states).float().cpu().numpy(),
+            answers_N,
+            images_N,
+            s.config.train.seed,
+        )
+    except DataError:
+        return None
+    return {"question": asked, **{name: figure.to_json() for name, figure in figures.items()}}
+
+
+@torch.no_grad()
+def _answer_states(s: Session, latents_BKD: Tensor, questions: list[Question]) -> Tensor:
+    """(B, D) hidden state that predicts the first answer token, in the generator's base model."""
+    model = s.generator.model
+    on_grid = s.config.pool.latent_positions is LatentPositions.GRID and model.family.uses_mrope
+    media = latent_media(s.generator.n_latents, on_grid)
+    with s.generator.adapter_off():
+        rows = pack_questions(model, [media] * len(questions), [[question] for question in questions])
+        hidden_BTD = model.decode(rows, latents_BKD.flatten(0, 1))
+    first = np.cumsum([0, *(counts[0] for counts in rows.counts[:-1])])
+    return hidden_BTD[rows.predict_N2[first, 0], rows.predict_N2[first, 1]]
+
+
+def _quartiles(values: Tensor) -> list[float]:
+    """Minimum, quartiles and maximum."""
+    return [float(v) for v in np.percentile(values.numpy(), [0, 25, 50, 75, 100])]
