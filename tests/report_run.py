@@ -1,4 +1,7 @@
-"""A run folder with every section that a report can draw, for tests of the report. All its numbers are made up."""
+"""A run folder with every section that a report can draw, for tests of the report. All its numbers are made up.
+
+The checkpoint is an untrained generator on the toy model A.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from shared.config import dump_config, load_config
+from trainer.checkpoint import CheckpointStore
 from trainer.data import load_records
 from trainer.data.records import Record
+from trainer.generator import Generator
 from trainer.toy.dataset import ensure_toy_data
 
 ROOT = Path(__file__).parents[1]
-K, WIDTH, N_IMAGES = 9, 64, 24
+K, N_IMAGES = 9, 24
 ANCHORS = {"A": True, "B": True, "C": False}
 SWAPS = {
     "zero_all": -0.62, "random_same_dist": -0.60, "random_model_dist": -0.55, "first_repeat": -0.44,
@@ -37,7 +42,8 @@ def write_run(folder: Path, seed: int = 0) -> Path:
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metrics(rng)))
     (folder / "evaluation.json").write_text(json.dumps(evaluation(records, rng)))
-    np.savez(folder / "evaluation_arrays.npz", **arrays(records, rng))
+    generator = Generator(config.generator, seed)
+    CheckpointStore(folder, keep=1).save(600, generator, {}, dump_config(config), "", None)
     return folder
 
 
@@ -59,6 +65,13 @@ def evaluation(records: list[Record], rng: np.random.Generator) -> dict[str, Any
             name: {test: swap(accuracy, -0.6 * rng.random()) for test in CONTROLS} for name, accuracy in plain.items()
         },
         "geometry": geometry(rng),
+        "transfer": {
+            "D": {
+                f"{fit} on {source}": reading(0.7) | {"outside_span": 0.12}
+                for source in ("visual_tokens", "latents")
+                for fit in ("least_squares", "procrustes")
+            }
+        },
         "benchmarks": {"mmvp": {name: {"pair_accuracy": figure(0.4), "chance": 0.25} for name in ANCHORS}},
         "gallery": [failure(record) for record in records[:6]],
     }
@@ -86,8 +99,8 @@ def causal(accuracy: float, rng: np.random.Generator) -> dict[str, Any]:
     tests |= {f"zero_slot_{k}": swap(accuracy, -0.12 * rng.random()) for k in range(K)}
     tests |= {f"keep_one_{k}": swap(accuracy, -0.6 + 0.1 * rng.random()) for k in range(K)}
     tests |= {f"truncate_{k}": swap(accuracy, -0.62 * (1 - k / K)) for k in range(1, K)}
-    reason = "swap_images costs 1.02 [0.98, 1.06] of the recovered share, random_same_dist 0.95, random_model_dist 0.87"
-    return {"verdict": "used", "reason": reason, "tests": tests}
+    lost = {"swap_images": figure(1.02), "random_same_dist": figure(0.95), "random_model_dist": figure(0.87)}
+    return {"verdict": "used", "lost_share": lost, "tests": tests}
 
 
 def swap(accuracy: float, delta: float) -> dict[str, Any]:
@@ -106,16 +119,22 @@ def geometry(rng: np.random.Generator) -> dict[str, Any]:
     cosine_KK = 0.3 + (noise_KK + noise_KK.T) / 2
     np.fill_diagonal(cosine_KK, 1)
     return {
-        "figures": {"slot_cosine": figure(0.4), "effective_rank": figure(5.2, 0.1), "helpful_slots": 7.0},
+        "figures": {"slot_cosine": figure(0.4), "effective_rank": figure(5.2, 0.1)},
         "slot_cosine": cosine_KK.tolist(),
-        "norms": {
-            "latents": (8 + rng.random(K)).tolist(),
-            "image_tokens": (7.5 + rng.random(K)).tolist(),
-            "hidden_by_layer": [5.1, 7.9, 12.4, 15.0],
+        "norms": {"latents": [7.0, 7.8, 8.1, 8.4, 9.6], "image_tokens": [5.2, 6.9, 7.6, 8.3, 11.0]},
+        "slots": {name: slots(rng) for name in ANCHORS},
+        "probes": {
+            "question": "how many things are there?",
+            "latents": figure(0.81),
+            "answer_state": figure(0.83),
+            "gap": figure(0.02),
         },
-        "utility_per_slot": {name: [figure(0.1 * rng.random()) for _ in range(K)] for name in ANCHORS},
-        "probes": {"latents": figure(0.81), "answer_position": figure(0.83), "gap": figure(-0.02)},
     }
+
+
+def slots(rng: np.random.Generator) -> dict[str, Any]:
+    alone = [figure(0.1 * rng.random()) for _ in range(K)]
+    return {"utility": figure(1.2), "utility_alone": alone, "helpful_slots": 5}
 
 
 def failure(record: Record) -> dict[str, Any]:
@@ -140,17 +159,3 @@ def metrics(rng: np.random.Generator) -> list[dict[str, float]]:
         checks = {"validation_nll": mean + 0.03} if step % 200 == 199 else {}
         entries.append({"step": step, **nll, **terms, **checks, "grad_norm": 1.0, "images_per_s": 30.0})
     return entries
-
-
-def arrays(records: list[Record], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    image_ND = rng.normal(size=(N_IMAGES, WIDTH))
-    attention = rng.random((N_IMAGES, K, 3, 3)) + 6 * np.eye(K).reshape(K, 3, 3)
-    attention *= 0.7 / attention.sum(axis=(2, 3), keepdims=True)
-    return {
-        "latents": image_ND[:, None] + rng.normal(size=(K, WIDTH)) + 0.3 * rng.normal(size=(N_IMAGES, K, WIDTH)),
-        "image_tokens": image_ND + 2,
-        "text_states": 0.5 * rng.normal(size=(N_IMAGES, WIDTH)) - 2,
-        "attention": attention,
-        "attention_last": attention[:, ::-1],
-        "record_ids": np.array([record.record_id for record in records]),
-    }

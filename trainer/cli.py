@@ -118,17 +118,20 @@ def report(
         Literal["mean", "last", "rollout"],
         typer.Option(help="Attention maps: mean of all layers and heads, the last layer's heads, or rollout."),
     ] = "mean",
+    model: Annotated[
+        bool, typer.Option(help="Load each run's generator for attention maps, state space and norms by layer.")
+    ] = True,
 ) -> None:
     """Draw what was measured: one HTML file that needs no network, and its pictures as PNGs.
 
     Writes RUN/report.html and RUN/report/*.png; several runs stand side by side. Suites that were not run are named
-    at the end of the page with their command. Attention maps load the generator if evaluate did not store them.
+    at the end of the page with their command.
 
     Example: python -m trainer report runs/demo
     """
     from trainer.report.write import write_report
 
-    page = write_report(runs, attention)
+    page = write_report(runs, attention, with_model=model)
     Console().print(f"report: {page}", highlight=False, soft_wrap=True)
 
 

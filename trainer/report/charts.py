@@ -1,6 +1,6 @@
 """Charts of one run: which numbers are drawn, and what caption and alt text say of them.
 
-Legend: B images, K latents (slots), D width, P points.
+Legend: K latents (slots), L layers, N points, D width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as Chart
 
-from trainer.report.drawing import Theme, Triple, bars, curves, draw, matrix, scatter
+from trainer.report.drawing import Theme, Triple, bars, boxes, curves, draw, matrix, scatter
 from trainer.report.page import Picture
 from trainer.report.results import Figure, Figures, RunResults
 
@@ -20,8 +20,6 @@ Curve = dict[float, Triple]
 _PER_SLOT = re.compile(r"(zero_slot|keep_one|truncate)_(\d+)")
 _NO_LOSS = re.compile(r"step|grad_norm|lr_.*|.*_ms|images_per_s|anchors|microbatches|validation.*")
 _MOST_POINTS = 200
-_MOST_STATES = 1500
-_STATES = {"latents": "latents", "image_tokens": "image tokens", "text_states": "text states"}
 
 
 def causal_bars(run: RunResults, span: tuple[float, float]) -> list[Picture]:
@@ -107,11 +105,10 @@ def truncation_curve(run: RunResults) -> list[Picture]:
 def utility_curves(run: RunResults) -> list[Picture]:
     """What each slot is worth alone, in nats."""
     geometry = run.evaluation.geometry
-    if geometry is None or not geometry.utility_per_slot:
-        return []
-    series = {name: _curve(dict(enumerate(figures))) for name, figures in geometry.utility_per_slot.items()}
+    slots = geometry.slots if geometry is not None else {}
+    series = {name: _curve(dict(enumerate(worth.utility_alone))) for name, worth in slots.items()}
     caption = "Utility of each slot alone: NLL(all zero) − NLL(only this slot). A slot helps from 0.05 nats on."
-    return [_curve_picture("utility", caption, series, "slot", "nats")]
+    return [_curve_picture("utility", caption, series, "slot", "nats")] if series else []
 
 
 def training_curves(run: RunResults) -> list[Picture]:
@@ -142,7 +139,7 @@ def training_curves(run: RunResults) -> list[Picture]:
 def slot_cosines(run: RunResults) -> list[Picture]:
     """Mean cosine between every two slots of an image."""
     geometry = run.evaluation.geometry
-    if geometry is None or not geometry.slot_cosine:
+    if geometry is None:
         return []
     values_KK = np.array(geometry.slot_cosine)
     off_diagonal = values_KK[~np.eye(len(values_KK), dtype=bool)]
@@ -158,70 +155,57 @@ def slot_cosines(run: RunResults) -> list[Picture]:
 
 
 def norm_charts(run: RunResults) -> list[Picture]:
-    """Norms of latents and image tokens, and of hidden states layer by layer."""
-    norms = run.evaluation.geometry.norms if run.evaluation.geometry is not None else {}
-    slots = {name: _plain(norms[key]) for key, name in _STATES.items() if norms.get(key)}
-    layers = {"hidden states": _plain(norms["hidden_by_layer"])} if norms.get("hidden_by_layer") else {}
-    return [
-        _curve_picture(name, caption, series, x, "mean ‖·‖")
-        for name, caption, series, x in (
-            ("norms", "Mean norm per slot, against the image tokens'.", slots, "slot"),
-            ("norms-by-layer", "Mean norm of the generator's hidden states, layer by layer.", layers, "layer"),
+    """Norms of latents and image tokens; norms of hidden states, layer by layer."""
+    pictures = []
+    if run.evaluation.geometry is not None:
+        norms = {name.replace("_", " "): ends for name, ends in run.evaluation.geometry.norms.items()}
+        numbers = "; ".join(f"{name}: median {n[2]:.3g}, from {n[0]:.3g} to {n[4]:.3g}" for name, n in norms.items())
+        pictures.append(
+            _picture(
+                "norms",
+                "Norms of latents and of the image tokens that they replace: quartiles, minimum and maximum.",
+                f"Box chart of norms. {numbers}.",
+                lambda theme: boxes(theme, norms, "‖·‖"),
+            )
         )
-        if series
-    ]
+    if run.states is not None:
+        series = {kind: _plain(norms_L) for kind, norms_L in run.states.norms_L.items()}
+        caption = "Mean norm of the generator's hidden states: layer 0 is the input, the final norm is left out."
+        pictures.append(_curve_picture("norms-by-layer", caption, series, "layer", "mean ‖·‖"))
+    return pictures
 
 
 def projections(run: RunResults) -> list[Picture]:
-    """PCA and t-SNE of latents, image and text states of one width, in one plane each."""
-    states = _states(run.arrays)
-    if "latents" not in states:
+    """PCA and t-SNE of latents, image tokens and text states, in one plane each."""
+    if run.states is None:
         return []
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    together_PD = np.concatenate(list(states.values())).astype(np.float64)
-    cuts = np.cumsum([len(points) for points in states.values()])[:-1]
+    points_ND = run.states.points_ND
+    together_ND = np.concatenate(list(points_ND.values())).astype(np.float64)
+    cuts = np.cumsum([len(points) for points in points_ND.values()])[:-1]
     pca = PCA(n_components=2, random_state=0)
-    pca_P2 = pca.fit_transform(together_PD)
-    perplexity = min(30.0, (len(together_PD) - 1) / 3)
-    tsne_P2 = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(together_PD)
-    shares = [100 * share for share in pca.explained_variance_ratio_]
-    counts = ", ".join(f"{len(points)} of {_STATES[name]}" for name, points in states.items())
+    pca_N2 = pca.fit_transform(together_ND)
+    perplexity = min(30.0, (len(together_ND) - 1) / 3)
+    tsne_N2 = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(together_ND)
+    first, second = (f"{100 * share:.0f} %" for share in pca.explained_variance_ratio_)
+    counts = ", ".join(f"{len(points)} {name}" for name, points in points_ND.items())
+    pca_plane, tsne_plane = (dict(zip(points_ND, np.split(n2, cuts), strict=True)) for n2 in (pca_N2, tsne_N2))
     return [
-        _scatter_picture(
+        _picture(
             "pca",
-            f"PCA of the plain states; the two axes hold {shares[0]:.0f} % and {shares[1]:.0f} % of the variance.",
-            f"Scatter plot of two principal components ({shares[0]:.0f} % and {shares[1]:.0f} %): {counts}.",
-            dict(zip(states, np.split(pca_P2, cuts), strict=True)),
-            ("first component", "second component"),
+            f"PCA of the plain states; the two axes hold {first} and {second} of the variance.",
+            f"Scatter plot of two principal components ({first} and {second} of the variance): {counts}.",
+            lambda theme: scatter(theme, pca_plane, "first component", "second component"),
         ),
-        _scatter_picture(
+        _picture(
             "t-sne",
             f"t-SNE of the same states, perplexity {perplexity:.0f}. Neighbourhoods mean something, distances do not.",
-            f"Scatter plot of a t-SNE: {counts}.",
-            dict(zip(states, np.split(tsne_P2, cuts), strict=True)),
-            ("", ""),
+            f"Scatter plot of a t-SNE with perplexity {perplexity:.0f}: {counts}.",
+            lambda theme: scatter(theme, tsne_plane, "", ""),
         ),
     ]
-
-
-def _states(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """(P, D) points by name, of images spread evenly over all; states of another width have no place in the plane."""
-    if "latents" not in arrays:
-        return {}
-    n_images, n_latents, width = arrays["latents"].shape
-    n_kept = max(1, min(n_images, _MOST_STATES // (n_latents + 2)))
-    kept = np.linspace(0, n_images - 1, n_kept).astype(int)
-    states = {name: arrays[name][kept].reshape(-1, arrays[name].shape[-1]) for name in _STATES if name in arrays}
-    return {name: points_PD for name, points_PD in states.items() if points_PD.shape[1] == width}
-
-
-def _scatter_picture(
-    name: str, caption: str, alt: str, points: Mapping[str, np.ndarray], axes: tuple[str, str]
-) -> Picture:
-    named = {_STATES[key]: points_P2 for key, points_P2 in points.items()}
-    return _picture(name, caption, alt, lambda theme: scatter(theme, named, *axes))
 
 
 def _curve_picture(

@@ -3,13 +3,13 @@
 Colours are those of Okabe & Ito (2008), "Color universal design"; every series also has a marker or a hatch of its own.
 Charts are narrow, so that their labels stay readable on a phone.
 
-Legend: P points, M rows and N columns of a matrix, I × J the grid of image tokens.
+Legend: M rows and N columns of a matrix, N points, I × J the grid of image tokens.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,30 @@ def curves(
     return chart
 
 
+def boxes(theme: Theme, summaries: Mapping[str, Sequence[float]], label: str) -> Chart:
+    """One box per name from minimum, quartiles and maximum."""
+    chart, axes = _axes(0.9 + 0.7 * len(summaries))
+    keys = ("whislo", "q1", "med", "q3", "whishi")
+    statistics = [{"label": name, **dict(zip(keys, ends, strict=True))} for name, ends in summaries.items()]
+    line = {"color": theme.text}
+    drawn = axes.bxp(
+        statistics,
+        orientation="horizontal",
+        showfliers=False,
+        patch_artist=True,
+        widths=0.5,
+        medianprops=line,
+        whiskerprops=line,
+        capprops=line,
+    )
+    for i, box in enumerate(drawn["boxes"]):
+        box.set(facecolor=_colour(theme, i), edgecolor=theme.text, hatch=_HATCHES[i % len(_HATCHES)])
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel(label)
+    return chart
+
+
 def matrix(values_MN: np.ndarray, label: str) -> Chart:
     """Cosines from −1 to 1 as colours, and as numbers while they fit."""
     chart, axes = _axes(4.0)
@@ -137,14 +161,14 @@ def matrix(values_MN: np.ndarray, label: str) -> Chart:
 
 
 def scatter(theme: Theme, points: Mapping[str, np.ndarray], x_label: str, y_label: str) -> Chart:
-    """Two-dimensional points (P, 2) by name, smaller the more there are; without labels there are no axes."""
+    """Two-dimensional points (N, 2) by name, smaller the more there are; without labels there are no axes."""
     chart, axes = _axes(3.9)
-    for i, (name, points_P2) in enumerate(points.items()):
+    for i, (name, points_N2) in enumerate(points.items()):
         axes.scatter(
-            points_P2[:, 0],
-            points_P2[:, 1],
-            label=f"{name} ({len(points_P2)})",
-            s=float(np.clip(4000 / len(points_P2), 6, 30)),
+            points_N2[:, 0],
+            points_N2[:, 1],
+            label=f"{name} ({len(points_N2)})",
+            s=float(np.clip(4000 / len(points_N2), 6, 30)),
             marker=_MARKERS[i % len(_MARKERS)],
             color=_colour(theme, i),
             edgecolors=theme.background,

@@ -1,4 +1,7 @@
-"""Pictures made from images of the data set: attention maps over samples, and the failure gallery."""
+"""Pictures made from images of the data set: attention maps over samples, and the failure gallery.
+
+Legend: K latents, I × J the grid of image tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +11,21 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from shared.errors import CheckpointError, DataError
-from trainer.checkpoint import CheckpointStore
-from trainer.data import load_records
 from trainer.data.records import Record
-from trainer.generator import Generator
-from trainer.report.attention import RULES, AttentionRule, attention_map, latent_attention
+from trainer.report.attention import RULES, AttentionRule
 from trainer.report.drawing import draw, heat_tiles
 from trainer.report.page import GalleryCard, Picture
 from trainer.report.results import Failure, RunResults
 
-_SAMPLES = 4
 _MOST_CARDS = 24
 _MOST_LATENTS = 10
 _CARD_PX = 224
-_ARRAYS = {"mean": "attention", "last": "attention_last"}
 
 
 def attention_pictures(run: RunResults, rule: AttentionRule) -> list[Picture]:
-    """Heat maps of the first test images, from the evaluation's arrays or else from the evaluated checkpoint.
-
-    Raises CheckpointError, DataError or ModelError where checkpoint, images or model are missing.
-    """
-    records = load_records(run.config.data, run.config.data.test_split)
-    samples, maps_NKIJ = _stored_maps(run, records, rule) or _computed_maps(run, records, rule)
-    return [_attention_picture(i, *sample, rule) for i, sample in enumerate(zip(samples, maps_NKIJ, strict=True))]
+    """Heat maps of the first test images."""
+    samples = run.states.attention if run.states is not None else []
+    return [_attention_picture(i, record, map_KIJ, rule) for i, (record, map_KIJ) in enumerate(samples)]
 
 
 def gallery(failures: Sequence[Failure]) -> list[GalleryCard]:
@@ -48,32 +41,6 @@ def gallery(failures: Sequence[Failure]) -> list[GalleryCard]:
         )
         for failure in failures[:_MOST_CARDS]
     ]
-
-
-def _stored_maps(
-    run: RunResults, records: Sequence[Record], rule: AttentionRule
-) -> tuple[list[Record], list[np.ndarray]] | None:
-    stored, ids = run.arrays.get(_ARRAYS.get(rule, "")), run.arrays.get("record_ids")
-    if stored is None or ids is None:
-        return None
-    by_id = {record.record_id: record for record in records}
-    absent = [str(name) for name in ids[:_SAMPLES] if str(name) not in by_id]
-    if absent:
-        raise DataError(f"{run.config.data.path}: record {absent[0]} was evaluated but is no longer in the test split")
-    return [by_id[str(name)] for name in ids[:_SAMPLES]], list(stored[:_SAMPLES])
-
-
-def _computed_maps(
-    run: RunResults, records: Sequence[Record], rule: AttentionRule
-) -> tuple[list[Record], list[np.ndarray]]:
-    checkpoint = CheckpointStore(run.config.run.dir, run.config.train.keep_checkpoints).best()
-    if checkpoint is None:
-        raise CheckpointError(f"{run.config.run.dir}: no checkpoint to take attention from")
-    generator = Generator(run.config.generator, run.config.train.seed)
-    generator.load_adapter(checkpoint.folder)
-    samples = list(records[:_SAMPLES])
-    attentions = latent_attention(generator, [record.load_image() for record in samples])
-    return samples, [attention_map(attention, rule).numpy() for attention in attentions]
 
 
 def _attention_picture(index: int, record: Record, map_KIJ: np.ndarray, rule: AttentionRule) -> Picture:

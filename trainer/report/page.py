@@ -29,7 +29,7 @@ class Cell:
 class Table:
     """Rows of cells under `columns`, repeated for each run of `blocks`; every row has blocks × columns cells.
 
-    words: cells are text, not numbers. folded: closed until it is opened.
+    folded: closed until it is opened.
     """
 
     title: str
@@ -37,7 +37,6 @@ class Table:
     columns: Sequence[str]
     rows: Mapping[str, Sequence[Cell]]
     folded: bool = False
-    words: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,21 @@
-"""What a run folder holds, checked when read: evaluation.json, arrays, metrics, config. Absent suites stay empty."""
+"""What a run folder holds, checked when read: evaluation.json, metrics, config. Absent suites stay empty."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.config import Config
 from shared.errors import DataError
 from trainer.evaluation.run import EVALUATION_FILE, run_config
 from trainer.metrics import read_metrics
+from trainer.report.states import States
 
-ARRAYS_FILE = "evaluation_arrays.npz"
-_MAX_BYTES = 1 << 30
+_MAX_BYTES = 1 << 28
 
 
 class Part(BaseModel):
@@ -50,6 +48,12 @@ class Reading(Part):
     first_token_nll: Figures = {}
 
 
+class TransferReading(Reading):
+    """A reader of another family, through one projector; outside_span: what of the latents its fit never saw."""
+
+    outside_span: float
+
+
 class AnchorReading(Reading):
     """The reading suite of one anchor."""
 
@@ -59,21 +63,38 @@ class AnchorReading(Reading):
 
 
 class Causal(Part):
-    """Causal tests of one anchor and what follows from them."""
+    """Causal tests of one anchor and what follows from them. lost_share: of each test that the verdict rests on."""
 
     verdict: str
-    reason: str
+    lost_share: Figures
     tests: dict[str, Figures]
 
 
-class Geometry(Part):
-    """How the latents lie. norms: lists by name, `hidden_by_layer` in the order of layers."""
+class Slots(Part):
+    """What slots are worth to one anchor, in nats."""
 
-    figures: dict[str, Figure | float] = {}
-    slot_cosine: list[list[float]] = []
-    norms: dict[str, list[float]] = {}
-    utility_per_slot: dict[str, list[Figure]] = {}
-    probes: Figures = {}
+    utility: Figure
+    utility_alone: list[Figure]
+    helpful_slots: int
+
+
+class Probes(Part):
+    """Accuracy of linear probes for the answer to one question."""
+
+    question: str
+    latents: Figure
+    answer_state: Figure
+    gap: Figure
+
+
+class Geometry(Part):
+    """How the latents lie. norms: minimum, quartiles and maximum, by name."""
+
+    figures: Figures
+    slot_cosine: list[list[float]]
+    norms: dict[str, tuple[float, float, float, float, float]]
+    slots: dict[str, Slots]
+    probes: Probes | None
 
 
 class Failure(Part):
@@ -96,23 +117,24 @@ class Evaluation(Part):
     split: str
     images: int
     seed: int
-    anchors: dict[str, AnchorReading] = Field(min_length=1)
+    anchors: dict[str, AnchorReading] = {}
     causal: dict[str, Causal] = {}
     controls: dict[str, dict[str, Figures]] = {}
     geometry: Geometry | None = None
+    transfer: dict[str, dict[str, TransferReading]] = {}
     benchmarks: dict[str, dict[str, dict[str, Figure | float]]] = {}
     gallery: list[Failure] = []
 
 
 @dataclass(frozen=True, slots=True)
 class RunResults:
-    """One run of a report. label: its name on the page, unique within the report."""
+    """One run of a report. label: its name on the page, unique within the report. states: None until measured."""
 
     label: str
     config: Config
     evaluation: Evaluation
     metrics: list[dict[str, Any]]
-    arrays: dict[str, np.ndarray]
+    states: States | None = None
 
 
 def load_results(run_dirs: Sequence[Path]) -> list[RunResults]:
@@ -122,37 +144,21 @@ def load_results(run_dirs: Sequence[Path]) -> list[RunResults]:
     if len(set(labels)) < len(labels):
         raise DataError(f"{', '.join(labels)}: a run is given twice; give each run folder once")
     return [
-        RunResults(label, run_config(run_dir), _evaluation(run_dir), read_metrics(run_dir), _arrays(run_dir))
+        RunResults(label, run_config(run_dir), _evaluation(run_dir), read_metrics(run_dir))
         for label, run_dir in zip(labels, run_dirs, strict=True)
     ]
 
 
 def _evaluation(run_dir: Path) -> Evaluation:
     path = run_dir / EVALUATION_FILE
-    remedy = f"measure again: python -m trainer evaluate {run_dir}"
+    remedy = f"measure with: python -m trainer evaluate {run_dir}"
     if not path.is_file():
-        raise DataError(f"{path}: absent; {remedy.replace('measure again', 'measure first')}")
-    _check_size(path)
+        raise DataError(f"{path}: absent; {remedy}")
+    if path.stat().st_size > _MAX_BYTES:
+        raise DataError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, which no evaluation writes; {remedy}")
     try:
         return Evaluation.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(f"{path}: {field}: {first['msg']}; {remedy}") from error
-
-
-def _arrays(run_dir: Path) -> dict[str, np.ndarray]:
-    path = run_dir / ARRAYS_FILE
-    if not path.is_file():
-        return {}
-    _check_size(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not an array file ({error}); delete it and measure again") from error
-
-
-def _check_size(path: Path) -> None:
-    if path.stat().st_size > _MAX_BYTES:
-        raise DataError(f"{path}: larger than {_MAX_BYTES >> 30} GiB, which no evaluation writes; measure again")

@@ -9,49 +9,50 @@ from dataclasses import replace
 from importlib import metadata
 
 from shared.config import dump_config
-from shared.errors import VisualLatentsError
 from trainer.report import charts, tables
 from trainer.report.attention import RULES, AttentionRule
 from trainer.report.images import attention_pictures, gallery
 from trainer.report.page import Listing, Picture, Section, Table
-from trainer.report.results import ARRAYS_FILE, Evaluation, RunResults
+from trainer.report.results import Evaluation, RunResults
 
 _PACKAGES = ("visual-latents", "torch", "transformers", "peft", "ray", "numpy", "scikit-learn", "matplotlib")
-_SUITES: dict[str, Callable[[Evaluation], object]] = {
+_SECTIONS: dict[str, Callable[[Evaluation], object]] = {
+    "reading": lambda evaluation: evaluation.anchors,
     "causal": lambda evaluation: evaluation.causal,
     "controls": lambda evaluation: evaluation.controls,
     "geometry": lambda evaluation: evaluation.geometry,
+    "transfer": lambda evaluation: evaluation.transfer,
     "benchmarks": lambda evaluation: evaluation.benchmarks,
 }
 
 
 def build_sections(runs: Sequence[RunResults], rule: AttentionRule) -> tuple[list[Section], list[str]]:
     """Sections in the order of the page, and one line for each part that a run lacks, with the way to get it."""
-    attention, refused = _attention(runs, rule)
     sections = [
         _reading(runs),
         _causal(runs),
         _controls(runs),
+        _transfer(runs),
         _geometry(runs),
         _states(runs),
-        attention,
+        _attention(runs, rule),
         _training(runs),
         _benchmarks(runs),
         _gallery(runs),
         _reproduce(runs, rule),
     ]
-    return [section for section in sections if section is not None], [*_absent(runs), *refused]
+    return [section for section in sections if section is not None], _absent(runs)
 
 
-def _reading(runs: Sequence[RunResults]) -> Section:
+def _reading(runs: Sequence[RunResults]) -> Section | None:
     compared = [tables.recovered_shares(runs)] if len(runs) > 1 else []
-    return Section(
-        "Reading",
+    intro = (
         "Each anchor answers the same questions from the real image (ceiling), from the latents, from the latents of "
         "another image (swapped), and from the question alone (floor). Recovered share = (latents − floor) / "
-        "(ceiling − floor): 1 means that the latents serve as well as the image, 0 that they say nothing.",
-        [*compared, tables.headline(runs), tables.by_kind(runs), tables.nll(runs)],
+        "(ceiling − floor): 1 means that the latents serve as well as the image, 0 that they say nothing."
     )
+    shown = [*compared, tables.headline(runs), tables.by_kind(runs), tables.nll(runs)]
+    return _unless_empty(Section("Reading", intro, shown))
 
 
 def _causal(runs: Sequence[RunResults]) -> Section | None:
@@ -77,6 +78,15 @@ def _controls(runs: Sequence[RunResults]) -> Section | None:
     return _unless_empty(Section("Image controls", intro, [tables.controls(runs)], pictures))
 
 
+def _transfer(runs: Sequence[RunResults]) -> Section | None:
+    intro = (
+        "Readers of another family and width, never trained with: a projector in closed form, fitted on training "
+        "images, carries the latents over. Outside span: share of the latents' variance in directions for which the "
+        "fit had hardly any evidence."
+    )
+    return _unless_empty(Section("Transfer", intro, [tables.transfer(runs)]))
+
+
 def _geometry(runs: Sequence[RunResults]) -> Section | None:
     pictures = _each(
         runs, lambda run: [*charts.slot_cosines(run), *charts.norm_charts(run), *charts.utility_curves(run)]
@@ -86,22 +96,16 @@ def _geometry(runs: Sequence[RunResults]) -> Section | None:
 
 
 def _states(runs: Sequence[RunResults]) -> Section | None:
-    intro = "Latents, image tokens and text states of test images, brought to two dimensions together."
+    intro = (
+        "Latents, mean image tokens, and text states (where the generator's base model, reading the latents, predicts "
+        "an answer) of test images, brought to two dimensions together."
+    )
     return _unless_empty(Section("State space", intro, pictures=_each(runs, charts.projections)))
 
 
-def _attention(runs: Sequence[RunResults], rule: AttentionRule) -> tuple[Section | None, list[str]]:
-    refused = []
-
-    def pictures(run: RunResults) -> list[Picture]:
-        try:
-            return attention_pictures(run, rule)
-        except VisualLatentsError as error:
-            refused.append(f"{run.label}: no attention maps: {error}")
-            return []
-
+def _attention(runs: Sequence[RunResults], rule: AttentionRule) -> Section | None:
     intro = f"Where in the image the K latent positions of the generator look: {RULES[rule]}. Other rules: --attention."
-    return _unless_empty(Section("Attention", intro, pictures=_each(runs, pictures))), refused
+    return _unless_empty(Section("Attention", intro, pictures=_each(runs, lambda run: attention_pictures(run, rule))))
 
 
 def _training(runs: Sequence[RunResults]) -> Section | None:
@@ -150,15 +154,14 @@ def _versions() -> list[str]:
 def _absent(runs: Sequence[RunResults]) -> list[str]:
     lines = []
     for run in runs:
-        evaluate = f"python -m trainer evaluate {run.config.run.dir}"
-        missing = [name for name, part in _SUITES.items() if not part(run.evaluation)]
-        lines += [f"{run.label}: the {name} suite: {evaluate} --suite {name}" for name in missing]
-        if "latents" not in run.arrays:
-            lines.append(f"{run.label}: PCA and t-SNE, drawn from {ARRAYS_FILE}: {evaluate} --suite geometry")
-        if not run.metrics:
-            lines.append(f"{run.label}: training curves: metrics.jsonl is not in the run folder; train writes it")
+        for suite, section in _SECTIONS.items():
+            if not section(run.evaluation):
+                command = f"python -m trainer evaluate {run.config.run.dir} --suite {suite}"
+                lines.append(f"{run.label}: the {suite} suite; measure it with {command}")
         if not run.evaluation.gallery:
-            lines.append(f"{run.label}: the failure gallery: {evaluate} --suite reading")
+            lines.append(f"{run.label}: the failure gallery; evaluation.json holds none")
+        if not run.metrics:
+            lines.append(f"{run.label}: training curves; metrics.jsonl, which train writes, is not in the run folder")
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from trainer.evaluation.reading import CONDITIONS
+from trainer.evaluation.verdict import VERDICT_TESTS
 from trainer.report.page import Cell, Table
 from trainer.report.results import Figure, Figures, Reading, RunResults
 
@@ -54,6 +55,21 @@ def recovered_shares(runs: Sequence[RunResults]) -> Table:
     return _table("Run against run", ["recovered share"], runs, rows)
 
 
+def transfer(runs: Sequence[RunResults]) -> Table:
+    """Readers of another family and width, through every projector."""
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        return _readable(
+            {
+                f"{name} · {projector}": [*_headline_cells(reading), cell(reading.outside_span)]
+                for name, readings in run.evaluation.transfer.items()
+                for projector, reading in readings.items()
+            }
+        )
+
+    return _table("Readers of another family", [*_HEADLINE_COLUMNS, "outside span"], runs, rows)
+
+
 def by_kind(runs: Sequence[RunResults]) -> Table:
     """Every figure of the headline by kind of question."""
 
@@ -88,9 +104,13 @@ def verdicts(runs: Sequence[RunResults]) -> Table:
     """Whether each anchor uses the latents, and why that is concluded."""
 
     def rows(run: RunResults) -> dict[str, list[Cell]]:
-        return {name: [Cell(causal.verdict), Cell(causal.reason)] for name, causal in run.evaluation.causal.items()}
+        return {
+            name: [Cell(causal.verdict), *(_entry(causal.lost_share, test) for test in VERDICT_TESTS)]
+            for name, causal in run.evaluation.causal.items()
+        }
 
-    return _table("Are the latents used?", ["verdict", "why"], runs, rows, words=True)
+    columns = ["verdict", *(f"lost to {test.replace('_', ' ')}" for test in VERDICT_TESTS)]
+    return _table("Are the latents used? Share of what the latents recover that each swap takes", columns, runs, rows)
 
 
 def causal(runs: Sequence[RunResults]) -> Table:
@@ -109,9 +129,16 @@ def geometry(runs: Sequence[RunResults]) -> Table:
     def rows(run: RunResults) -> dict[str, list[Cell]]:
         if run.evaluation.geometry is None:
             return {}
-        figures = {name: [cell(figure)] for name, figure in run.evaluation.geometry.figures.items()}
-        probes = {f"probe: {name}": [cell(figure)] for name, figure in run.evaluation.geometry.probes.items()}
-        return _readable(figures | probes)
+        geometry = run.evaluation.geometry
+        cells = {name: [cell(figure)] for name, figure in geometry.figures.items()}
+        for name, slots in geometry.slots.items():
+            cells[f"{name}: utility in nats"] = [cell(slots.utility)]
+            cells[f"{name}: helpful slots"] = [Cell(f"{slots.helpful_slots} of {len(slots.utility_alone)}")]
+        if geometry.probes is not None:
+            cells["linear probe: latents"] = [cell(geometry.probes.latents)]
+            cells["linear probe: answer position"] = [cell(geometry.probes.answer_state)]
+            cells["linear probe: gap"] = [cell(geometry.probes.gap)]
+        return _readable(cells)
 
     return _table("Geometry and linear probes", ["value"], runs, rows)
 
@@ -139,14 +166,13 @@ def _table(
     rows_of: Callable[[RunResults], Mapping[str, list[Cell]]],
     *,
     folded: bool = False,
-    words: bool = False,
 ) -> Table:
     """Rows of any run, in order of first appearance; a run without the row gets dashes."""
     by_run = [rows_of(run) for run in runs]
     names = dict.fromkeys(name for rows in by_run for name in rows)
     blank = [_ABSENT] * len(columns)
     joined = {name: [entry for rows in by_run for entry in rows.get(name, blank)] for name in names}
-    return Table(title, [run.label for run in runs], columns, joined, folded, words)
+    return Table(title, [run.label for run in runs], columns, joined, folded)
 
 
 def _swaps(
