@@ -8,25 +8,30 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from shared.errors import DataError
-from tests.report_run import ANCHORS, SWAPS, K, write_run
-from trainer.checkpoint import CheckpointStore
+from tests.report_run import ANCHORS, N_IMAGES, SWAPS, K, write_run
+from tests.unit.test_generator import K as GENERATOR_K
+from tests.unit.test_generator import disturb, make_generator
 from trainer.cli import app
 from trainer.generator import Generator
 from trainer.report import charts, tables
 from trainer.report.attention import attention_map, latent_attention
 from trainer.report.images import attention_pictures, gallery
 from trainer.report.page import Table
-from trainer.report.results import ARRAYS_FILE, Figure, load_results
+from trainer.report.results import Figure, load_results
 from trainer.report.sections import build_sections
+from trainer.report.states import States, hidden_norms, measure_states
 
 
 class Tags(HTMLParser):
@@ -117,7 +122,9 @@ def test_the_numbers_of_the_run_stand_on_the_page(run, page):
         assert f"{delta:.3f}".replace("-", "−") in page.text
     assert "C (unseen), held-out kinds" in page.text
     assert "undefined" in page.text, "a share of nothing is no number"
-    assert evaluation["causal"]["A"]["reason"] in page.text
+    assert "lost to swap images" in page.text
+    assert "D · least squares on visual tokens" in page.text
+    assert f"{evaluation['geometry']['slots']['A']['helpful_slots']} of {K}" in page.text
     (alt,) = [i["alt"] for i in page.of("img") if "per test and anchor" in i["alt"] and "swap images" in i["alt"]]
     assert f"{evaluation['causal']['B']['tests']['zero_all']['delta_accuracy']['value']:+.3f}" in alt
     assert not any(f"zero slot {k}" in alt for k in range(K)), "slots have charts of their own"
@@ -136,17 +143,23 @@ def test_answers_of_anchors_are_text_and_never_markup(page):
 
 def test_a_run_with_the_reading_suite_alone_gets_a_page_that_says_what_is_missing(changed):
     def reading_only(evaluation):
-        for suite in ("causal", "controls", "geometry", "benchmarks", "gallery"):
-            del evaluation[suite]
+        for section in ("causal", "controls", "geometry", "transfer", "benchmarks", "gallery"):
+            del evaluation[section]
 
     folder = changed(reading_only)
-    (folder / ARRAYS_FILE).unlink()
     sections, absent = build_sections(load_results([folder]), "mean")
     assert [section.title for section in sections] == ["Reading", "Training", "Reproduce"]
-    assert len(absent) == 7
-    for suite in ("causal", "controls", "geometry", "benchmarks", "reading"):
-        assert any(line.endswith(f"python -m trainer evaluate {folder} --suite {suite}") for line in absent)
-    assert any("no attention maps" in line and "no checkpoint" in line for line in absent)
+    for suite in ("causal", "controls", "geometry", "transfer"):
+        assert (
+            f"changed: the {suite} suite; measure it with python -m trainer evaluate {folder} --suite {suite}" in absent
+        )
+    assert len(absent) == 6, "benchmarks and gallery besides"
+
+
+def test_the_causal_suite_alone_makes_a_page_too(changed):
+    sections, absent = build_sections(load_results([changed(lambda evaluation: evaluation.pop("anchors"))]), "mean")
+    assert sections[0].title == "Causal tests"
+    assert any("the reading suite" in line for line in absent)
 
 
 def test_runs_stand_side_by_side_and_a_row_that_one_lacks_gets_dashes(run, changed):
@@ -203,39 +216,84 @@ def test_the_truncation_curve_goes_from_the_floor_to_all_latents(run):
         assert ends in picture.alt
 
 
-def test_states_keep_to_one_width_and_a_bounded_number_of_points():
-    arrays = {"latents": np.zeros((900, K, 8)), "image_tokens": np.ones((900, 8)), "text_states": np.ones((900, 6))}
-    states = charts._states(arrays)
-    assert set(states) == {"latents", "image_tokens"}
-    n_images = 1500 // (K + 2)
-    assert {name: points.shape for name, points in states.items()} == {
-        "latents": (n_images * K, 8),
-        "image_tokens": (n_images, 8),
+@pytest.fixture(scope="module")
+def states(run: Path) -> States:
+    return measure_states(load_results([run])[0].config, "rollout")
+
+
+def test_states_are_those_of_the_evaluated_checkpoint(run, states):
+    config = load_results([run])[0].config
+    generator = Generator(config.generator, seed=7)
+    generator.load_adapter(run / "checkpoints/step-000600")
+    image = Image.open(config.data.path / "images/test/CLEVR_test_000002.png").convert("RGB")
+    tokens = generator.image_tokens_from(generator.model.image_inputs([image]))
+    with torch.no_grad():
+        latents_KD = generator.emit(tokens)[0]
+    points_ND = states.points_ND
+    assert {name: len(points) for name, points in points_ND.items()} == {
+        "latents": N_IMAGES * K,
+        "image tokens": N_IMAGES,
+        "text states": N_IMAGES,
     }
+    np.testing.assert_allclose(points_ND["latents"][2 * K : 3 * K], latents_KD, atol=1e-4)
+    np.testing.assert_allclose(points_ND["image tokens"][2], tokens.tokens[0].mean(dim=0), atol=1e-4)
 
 
-def test_stored_attention_is_drawn_over_the_images_that_it_was_measured_on(run):
+def test_attention_maps_belong_to_their_images_and_state_the_rule(run, states):
     (results,) = load_results([run])
-    shares = results.arrays["attention_last"][1].sum(axis=(1, 2))
-    picture = attention_pictures(results, "last")[1]
-    assert results.arrays["record_ids"][1] in picture.caption
-    assert "last layer" in picture.caption
-    assert f"{100 * shares.mean():.0f} % of attention falls on the image" in picture.alt
-    results.arrays["record_ids"][1] = "gone"
-    with pytest.raises(DataError, match="record gone was evaluated but is no longer in the test split"):
-        attention_pictures(results, "last")
-
-
-def test_attention_that_was_not_stored_comes_from_the_evaluated_checkpoint(changed):
-    (results,) = load_results([changed(lambda evaluation: None)])
-    generator = Generator(results.config.generator, seed=7)
-    CheckpointStore(results.config.run.dir, keep=1).save(3, generator, {}, "", "", None)
-    pictures = attention_pictures(results, "rollout")
+    pictures = attention_pictures(replace(results, states=states), "rollout")
     assert len(pictures) == 4
-    image = Image.open(results.config.data.path / "images/test/CLEVR_test_000002.png").convert("RGB")
-    (attention,) = latent_attention(generator, [image])
-    share = attention_map(attention, "rollout").sum(dim=(1, 2)).mean()
+    record, map_KIJ = states.attention[2]
+    generator = Generator(results.config.generator, seed=0)
+    generator.load_adapter(run / "checkpoints/step-000600")
+    expected = attention_map(latent_attention(generator, [record.load_image()])[0], "rollout")
+    np.testing.assert_allclose(map_KIJ, expected, atol=1e-5)
+    share = map_KIJ.sum(axis=(1, 2)).mean()
     assert f"{100 * share:.0f} % of attention falls on the image" in pictures[2].alt
+    assert record.record_id in pictures[2].caption
+    assert "rollout" in pictures[2].caption
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
+@torch.no_grad()
+def test_norms_by_layer_equal_those_of_the_models_own_hidden_states(tiny_folder, pictures, family):
+    generator = make_generator(tiny_folder(family))
+    disturb(generator)
+    norms = hidden_norms(generator, pictures)
+    decoder, first = generator.model.decoder, len(generator.model.prompt.prefix_ids)
+    expected: dict[str, list[list[float]]] = {name: [] for name in norms}
+    for picture in pictures:
+        outputs: list[Any] = []
+        ask = decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"output_hidden_states": True}), with_kwargs=True
+        )
+        take = decoder.register_forward_hook(lambda module, args, output, seen=outputs: seen.append(output))
+        tokens = generator.image_tokens_from(generator.model.image_inputs([picture]))
+        generator.emit(tokens)
+        ask.remove()
+        take.remove()
+        n = len(tokens.tokens[0])
+        for name, at in (
+            ("image tokens", lambda h_TD, n=n: h_TD[first : first + n]),
+            ("latents", lambda h_TD: h_TD[-GENERATOR_K:]),
+            ("text", lambda h_TD, n=n: torch.cat([h_TD[:first], h_TD[first + n : -GENERATOR_K]])),
+        ):
+            # The last of them has been through the final norm, which the chart leaves out.
+            expected[name].append([at(h[0]).norm(dim=-1).mean().item() for h in outputs[0].hidden_states[:-1]])
+    for name, values in norms.items():
+        assert len(values) == len(decoder.layers) + 1
+        np.testing.assert_allclose(values[:-1], np.mean(expected[name], axis=0), rtol=1e-5)
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_rest_of_the_report(changed):
+    folder = changed(lambda evaluation: None)
+    shutil.rmtree(folder / "checkpoints")
+    for options, why in (([], "no checkpoint is left to take states from"), (["--no-model"], "leave --no-model out")):
+        assert CliRunner().invoke(app, ["report", str(folder), *options]).exit_code == 0
+        page = (folder / "report.html").read_text()
+        assert why in page
+        assert 'id="attention"' not in page
+        assert 'id="causal-tests"' in page
 
 
 def test_the_gallery_is_bounded_and_survives_lost_images(run, tmp_path):
@@ -258,22 +316,7 @@ def test_a_wrong_field_is_named_with_file_and_remedy(changed):
 def test_a_run_without_evaluation_says_how_to_get_one(changed):
     folder = changed(lambda evaluation: None)
     (folder / "evaluation.json").unlink()
-    with pytest.raises(DataError, match=r"evaluation\.json: absent; measure first: python -m trainer evaluate"):
-        load_results([folder])
-
-
-@pytest.mark.parametrize("content", [b"no archive", b"PK\x03\x04 cut short"])
-def test_damaged_arrays_are_named(changed, content):
-    folder = changed(lambda evaluation: None)
-    (folder / ARRAYS_FILE).write_bytes(content)
-    with pytest.raises(DataError, match=rf"{ARRAYS_FILE}: not an array file"):
-        load_results([folder])
-
-
-def test_arrays_that_would_run_code_are_refused(changed):
-    folder = changed(lambda evaluation: None)
-    np.savez(folder / ARRAYS_FILE, latents=np.array([{"an": "object"}], dtype=object))
-    with pytest.raises(DataError, match=rf"{ARRAYS_FILE}: not an array file"):
+    with pytest.raises(DataError, match=r"evaluation\.json: absent; measure with: python -m trainer evaluate"):
         load_results([folder])
 
 

@@ -6,7 +6,7 @@ Legend: K latents (slots), L layers, N points, D width.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from trainer.report.page import Picture
 from trainer.report.results import Figure, Figures, RunResults
 
 Curve = dict[float, Triple]
+Deltas = dict[str, dict[str, Triple]]
 _PER_SLOT = re.compile(r"(zero_slot|keep_one|truncate)_(\d+)")
 _NO_LOSS = re.compile(r"step|grad_norm|lr_.*|.*_ms|images_per_s|anchors|microbatches|validation.*")
 _MOST_POINTS = 200
@@ -27,27 +28,29 @@ def causal_bars(run: RunResults, span: tuple[float, float]) -> list[Picture]:
     caption = (
         "What each swap of the latents costs in accuracy, with 95 % intervals. Far left of 0: the content matters."
     )
-    return _delta_bars("causal", caption, _causal_deltas(run), span)
+    return _delta_bars("causal", caption, causal_deltas(run), span)
 
 
 def control_bars(run: RunResults, span: tuple[float, float]) -> list[Picture]:
     """Δ accuracy of every image control and perturbation."""
     caption = "What each change of the image costs in accuracy, with 95 % intervals."
-    return _delta_bars("controls", caption, _control_deltas(run), span)
+    return _delta_bars("controls", caption, control_deltas(run), span)
 
 
-def delta_span(runs: Sequence[RunResults]) -> tuple[float, float]:
+def delta_span(all_deltas: Iterable[Deltas]) -> tuple[float, float]:
     """One scale for the bars of all runs."""
-    series = [deltas for run in runs for of in (_causal_deltas, _control_deltas) for deltas in of(run).values()]
-    ends = [end for deltas in series for triple in deltas.values() for end in triple]
+    series = [tests for deltas in all_deltas for tests in deltas.values()]
+    ends = [end for tests in series for triple in tests.values() for end in triple]
     return min([*ends, -0.1]) - 0.03, max([*ends, 0.02]) + 0.03
 
 
-def _causal_deltas(run: RunResults) -> dict[str, dict[str, Triple]]:
+def causal_deltas(run: RunResults) -> Deltas:
+    """Δ accuracy by anchor and test; tests of single slots and of truncation have charts of their own."""
     return {n: deltas for n, causal in run.evaluation.causal.items() if (deltas := _deltas(causal.tests))}
 
 
-def _control_deltas(run: RunResults) -> dict[str, dict[str, Triple]]:
+def control_deltas(run: RunResults) -> Deltas:
+    """Δ accuracy by anchor and control."""
     return {n: deltas for n, tests in run.evaluation.controls.items() if (deltas := _deltas(tests))}
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib import metadata
 
 from shared.config import dump_config
+from trainer.evaluation.suites import SUITES
 from trainer.report import charts, tables
 from trainer.report.attention import RULES, AttentionRule
 from trainer.report.images import attention_pictures, gallery
@@ -22,7 +23,6 @@ _SECTIONS: dict[str, Callable[[Evaluation], object]] = {
     "controls": lambda evaluation: evaluation.controls,
     "geometry": lambda evaluation: evaluation.geometry,
     "transfer": lambda evaluation: evaluation.transfer,
-    "benchmarks": lambda evaluation: evaluation.benchmarks,
 }
 
 
@@ -56,7 +56,7 @@ def _reading(runs: Sequence[RunResults]) -> Section | None:
 
 
 def _causal(runs: Sequence[RunResults]) -> Section | None:
-    span = charts.delta_span(runs)
+    span = charts.delta_span(map(charts.causal_deltas, runs))
     pictures = _each(
         runs, lambda run: [*charts.causal_bars(run, span), *charts.truncation_curve(run), *charts.slot_curves(run)]
     )
@@ -72,7 +72,7 @@ def _causal(runs: Sequence[RunResults]) -> Section | None:
 
 
 def _controls(runs: Sequence[RunResults]) -> Section | None:
-    span = charts.delta_span(runs)
+    span = charts.delta_span(map(charts.control_deltas, runs))
     intro = "What the generator looks at is replaced or disturbed; Δ is against the undisturbed image."
     pictures = _each(runs, lambda run: charts.control_bars(run, span))
     return _unless_empty(Section("Image controls", intro, [tables.controls(runs)], pictures))
@@ -154,10 +154,13 @@ def _versions() -> list[str]:
 def _absent(runs: Sequence[RunResults]) -> list[str]:
     lines = []
     for run in runs:
-        for suite, section in _SECTIONS.items():
-            if not section(run.evaluation):
-                command = f"python -m trainer evaluate {run.config.run.dir} --suite {suite}"
-                lines.append(f"{run.label}: the {suite} suite; measure it with {command}")
+        for suite in (suite for suite in SUITES if not _SECTIONS[suite](run.evaluation)):
+            command = f"python -m trainer evaluate {run.config.run.dir} --suite {suite}"
+            no_reader = suite == "transfer" and not run.config.evaluation.transfer
+            why = "evaluation.transfer of its config names no reader" if no_reader else f"measure it with {command}"
+            lines.append(f"{run.label}: the {suite} suite; {why}")
+        if not run.evaluation.benchmarks:
+            lines.append(f"{run.label}: benchmarks; evaluation.json holds none")
         if not run.evaluation.gallery:
             lines.append(f"{run.label}: the failure gallery; evaluation.json holds none")
         if not run.metrics:
