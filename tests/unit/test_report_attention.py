@@ -89,7 +89,7 @@ def test_the_attention_function_is_restored_after_a_failure(tiny_folder, picture
 
 def test_tokens_on_no_grid_are_refused_by_name(tiny_folder, pictures):
     generator = make_generator(tiny_folder("llava_onevision"))
-    with pytest.raises(ModelError, match=r"llava_onevision.* lie on no grid"):
+    with pytest.raises(ModelError, match=r"llava_onevision.* lie on no single grid"):
         latent_attention(generator, pictures[1:2])
 
 

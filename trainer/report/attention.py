@@ -126,5 +126,5 @@ def _last_rows(decoder: Any, n: int) -> Iterator[list[Tensor]]:
 def _square(n_tokens: int, model: str) -> tuple[int, int]:
     side = math.isqrt(n_tokens)
     if side * side != n_tokens:
-        raise ModelError(f"{model}: {n_tokens} image tokens lie on no grid, so attention has no map; leave the map out")
+        raise ModelError(f"{model}: {n_tokens} image tokens lie on no single grid, so attention has no map")
     return side, side

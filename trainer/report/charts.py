@@ -86,8 +86,7 @@ def slot_curves(run: RunResults) -> list[Picture]:
         series = {name: _per_slot(run, name, test, "delta_accuracy") for name in run.evaluation.causal}
         series = {name: curve for name, curve in series.items() if curve}
         if series:
-            chart = _curve_picture(test.replace("_", "-"), caption, series, "slot", "Δ accuracy")
-            pictures.append(chart)
+            pictures.append(_curve_picture(test.replace("_", "-"), caption, series, "slot", "Δ accuracy"))
     return pictures
 
 
@@ -109,7 +108,8 @@ def utility_curves(run: RunResults) -> list[Picture]:
     """What each slot is worth alone, in nats."""
     geometry = run.evaluation.geometry
     slots = geometry.slots if geometry is not None else {}
-    series = {name: _curve(dict(enumerate(worth.utility_alone))) for name, worth in slots.items()}
+    curves_of = {name: _curve(dict(enumerate(worth.utility_alone))) for name, worth in slots.items()}
+    series = {name: curve for name, curve in curves_of.items() if curve}
     caption = "Utility of each slot alone: NLL(all zero) − NLL(only this slot). A slot helps from 0.05 nats on."
     return [_curve_picture("utility", caption, series, "slot", "nats")] if series else []
 
@@ -228,9 +228,12 @@ def _picture(name: str, caption: str, alt: str, chart: Callable[[Theme], Chart])
 
 
 def _per_slot(run: RunResults, anchor: str, test: str, figure: str) -> Curve:
-    tests = run.evaluation.causal[anchor].tests.items()
-    matches = {match: figures for name, figures in tests if (match := _PER_SLOT.fullmatch(name)) and match[1] == test}
-    return _curve({int(match[2]): figures[figure] for match, figures in matches.items() if figure in figures})
+    found = {}
+    for name, figures in run.evaluation.causal[anchor].tests.items():
+        match = _PER_SLOT.fullmatch(name)
+        if match and match[1] == test and figure in figures:
+            found[int(match[2])] = figures[figure]
+    return _curve(found)
 
 
 def _curve(figures: Mapping[int, Figure]) -> Curve:

@@ -23,6 +23,7 @@ _SECTIONS: dict[str, Callable[[Evaluation], object]] = {
     "controls": lambda evaluation: evaluation.controls,
     "geometry": lambda evaluation: evaluation.geometry,
     "transfer": lambda evaluation: evaluation.transfer,
+    "benchmarks": lambda evaluation: evaluation.benchmarks,
 }
 
 
@@ -64,7 +65,8 @@ def _causal(runs: Sequence[RunResults]) -> Section | None:
         Section(
             "Causal tests",
             "The latents' content is swapped and everything else stays. Latents are used if another image's latents "
-            "and random ones cost most of the recovered share, and inert if they cost nothing.",
+            "and both kinds of random ones each take more than half of what they recover, the whole interval above ½; "
+            "inert if the interval of another image's reaches 0; partly used between.",
             [tables.verdicts(runs), tables.causal(runs)],
             pictures,
         )
@@ -154,13 +156,13 @@ def _versions() -> list[str]:
 def _absent(runs: Sequence[RunResults]) -> list[str]:
     lines = []
     for run in runs:
-        for suite in (suite for suite in SUITES if not _SECTIONS[suite](run.evaluation)):
-            command = f"python -m trainer evaluate {run.config.run.dir} --suite {suite}"
-            no_reader = suite == "transfer" and not run.config.evaluation.transfer
-            why = "evaluation.transfer of its config names no reader" if no_reader else f"measure it with {command}"
-            lines.append(f"{run.label}: the {suite} suite; {why}")
-        if not run.evaluation.benchmarks:
-            lines.append(f"{run.label}: benchmarks; evaluation.json holds none")
+        for suite in (suite for suite, section in _SECTIONS.items() if not section(run.evaluation)):
+            remedy = f"measure it with python -m trainer evaluate {run.config.run.dir} --suite {suite}"
+            if suite == "transfer" and not run.config.evaluation.transfer:
+                remedy = "evaluation.transfer of its config names no reader"
+            elif suite not in SUITES:
+                remedy = "evaluate does not write it yet"
+            lines.append(f"{run.label}: the {suite} suite; {remedy}")
         if not run.evaluation.gallery:
             lines.append(f"{run.label}: the failure gallery; evaluation.json holds none")
         if not run.metrics:
