@@ -187,6 +187,9 @@ class EvaluationConfig(Section):
     batch_images: int = Field(32, ge=1)
     unseen: tuple[AnchorConfig, ...] = Field((), description="Anchors that training never used.")
     transfer: tuple[TransferConfig, ...] = Field((), description="Readers of other families, for --suite transfer.")
+    benchmarks: dict[str, Path] = Field(
+        {}, description="Folders of public benchmarks, by name, for --suite benchmarks."
+    )
     bootstrap_samples: int = Field(1000, ge=100)
 
 

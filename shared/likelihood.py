@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 256 * 2**20
-"""Most bytes of float32 logits at a time."""
+BLOCK = 8192
+"""Vocabulary rows at a time. On a CPU their logits stay in the cache; on a GPU twenty blocks are few enough."""
 
 
 def token_logprobs(
-    hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, chunk_bytes: int = CHUNK_BYTES
+    hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, block: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
     """Each token's log p(target_n) (N,) and the most probable token (N,) under softmax(hidden · headᵀ + bias).
 
@@ -25,50 +25,62 @@ def token_logprobs(
     A head that itself trains takes the plain way, through the whole logits.
     """
     if head_VD.requires_grad and torch.is_grad_enabled():
-        logits_NV = _logits(hidden_ND, head_VD, bias_V)
+        logits_NV = F.linear(hidden_ND, head_VD, bias_V)
+        logits_NV = logits_NV.to(_accumulator(hidden_ND))
         return -F.cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV.argmax(-1)
-    rows = max(1, chunk_bytes // (4 * len(head_VD)))
-    logprobs_N, best_N = _FrozenHead.apply(hidden_ND, head_VD, bias_V, targets_N, rows)  # type: ignore[no-untyped-call]
+    logprobs_N, best_N = _FrozenHead.apply(hidden_ND, head_VD, bias_V, targets_N, block)  # type: ignore[no-untyped-call]
     return logprobs_N, best_N
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Makes each chunk's logits once and keeps of them what backward needs.
+    """Goes through the vocabulary once, block by block, with a running softmax.
 
     log p_n depends on state n alone, so ∂log p_n/∂h_n = W[target_n] − Σ_v p_nv · W[v] can be taken in forward for
-    any later weighting of the tokens: backward scales N rows of width D.
+    any later weighting of the tokens: backward scales N rows of width D. Maximum m, sum Σ exp(l − m) and the weighted
+    sum of rows are rescaled whenever a block raises the maximum (Milakov & Gimelshein 2018, arXiv 1805.02867, alg. 3).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, rows: int
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, block: int
     ) -> tuple[Tensor, Tensor]:
-        wants_gradient = ctx.needs_input_grad[0]
-        logprobs, best, jacobians = [], [], []
-        for hidden_nD, targets_n in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
-            logits_nV = _logits(hidden_nD, head_VD, bias_V)
-            best.append(logits_nV.argmax(-1))
-            logprobs_nV = logits_nV - logits_nV.logsumexp(-1, keepdim=True)
-            logprobs.append(logprobs_nV.gather(1, targets_n.unsqueeze(1)).squeeze(1))
-            if wants_gradient:
-                minus_gradient_nV = logprobs_nV.exp_()
-                minus_gradient_nV.scatter_add_(
-                    1, targets_n.unsqueeze(1), minus_gradient_nV.new_full((len(targets_n), 1), -1.0)
-                )
-                jacobians.append(-(minus_gradient_nV.to(head_VD.dtype) @ head_VD))
-        if wants_gradient:
-            ctx.save_for_backward(torch.cat(jacobians))
-        best_N = torch.cat(best)
+        dtype = _accumulator(hidden_ND)
+        hidden_DN = hidden_ND.T.contiguous()
+        maximum_N = torch.full_like(targets_N, -torch.inf, dtype=dtype)
+        total_N, best_N = torch.zeros_like(maximum_N), torch.zeros_like(targets_N)
+        rows_ND = torch.zeros_like(hidden_ND, dtype=dtype) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(head_VD), block):
+            head_vD = head_VD[start : start + block]
+            logits_vN = (head_vD @ hidden_DN).to(dtype)
+            if bias_V is not None:
+                logits_vN += bias_V[start : start + block, None]
+            block_maximum_N, block_best_N = logits_vN.max(dim=0)
+            best_N = torch.where(block_maximum_N > maximum_N, block_best_N + start, best_N)
+            new_maximum_N = torch.maximum(maximum_N, block_maximum_N)
+            shrink_N = (maximum_N - new_maximum_N).exp()
+            weights_vN = logits_vN.sub_(new_maximum_N).exp_()
+            total_N = total_N * shrink_N + weights_vN.sum(dim=0)
+            if rows_ND is not None:
+                rows_ND = rows_ND * shrink_N.unsqueeze(1) + weights_vN.T.to(head_vD.dtype) @ head_vD
+            maximum_N = new_maximum_N
+
+        target_rows_ND = head_VD[targets_N]
+        # The product of two bfloat16 states is exact in float32, as inside a matrix product.
+        target_logits_N = (hidden_ND.to(dtype) * target_rows_ND.to(dtype)).sum(dim=1)
+        if bias_V is not None:
+            target_logits_N += bias_V[targets_N]
+        if rows_ND is not None:
+            ctx.save_for_backward(target_rows_ND - rows_ND / total_N.unsqueeze(1))
+            ctx.hidden_dtype = hidden_ND.dtype
         ctx.mark_non_differentiable(best_N)
-        return torch.cat(logprobs), best_N
+        return target_logits_N - maximum_N - total_N.log(), best_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         (jacobian_ND,) = ctx.saved_tensors
-        return (grad_N.unsqueeze(1) * jacobian_ND).to(jacobian_ND.dtype), None, None, None, None
+        return (grad_N.unsqueeze(1) * jacobian_ND).to(ctx.hidden_dtype), None, None, None, None
 
 
-def _logits(hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    logits_NV = F.linear(hidden_ND, head_VD, bias_V)
-    return logits_NV if logits_NV.dtype is torch.float64 else logits_NV.float()
+def _accumulator(hidden_ND: Tensor) -> torch.dtype:
+    return torch.float64 if hidden_ND.dtype is torch.float64 else torch.float32

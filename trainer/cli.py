@@ -73,6 +73,7 @@ class Suite(enum.StrEnum):
     CONTROLS = "controls"
     GEOMETRY = "geometry"
     TRANSFER = "transfer"
+    BENCHMARKS = "benchmarks"
     ALL = "all"
 
 
@@ -82,6 +83,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder that train wrote.")],
     suite: Annotated[Suite, typer.Option(help="What to measure.")] = Suite.READING,
     anchors: Annotated[str, typer.Option(help="Comma-separated anchors of the run; empty: all, unseen ones too.")] = "",
+    against: Annotated[Path | None, typer.Option(help="Another run: how alike its latents are (linear CKA).")] = None,
 ) -> None:
     """Measure what each anchor answers from the latents, and whether it is the latents that tell it.
 
@@ -89,6 +91,7 @@ def evaluate(
     ones, in all and per kind of question. causal: the latents' content is zeroed, replaced by noise, swapped, cut;
     with a verdict. controls: the image is replaced or disturbed. geometry: how the latents lie, slot by slot.
     transfer: readers of another family, through a projector fitted on training images (evaluation.transfer).
+    benchmarks: public benchmarks from local files (evaluation.benchmarks), answers by likelihood, official metrics.
     All with 95 % intervals over images. Writes RUN/evaluation.json; goes on where it was interrupted.
 
     Examples:
@@ -106,8 +109,9 @@ def evaluate(
     suites = [s.value for s in Suite if s is not Suite.ALL] if suite is Suite.ALL else [suite.value]
     names = [name for name in anchors.split(",") if name]
     prepare_data(config.data, console)
-    with ray_if_needed(config, (*chosen_anchors(config, names), *config.evaluation.transfer)):
-        evaluate_run(config, console, suites, names)
+    readers = config.evaluation.transfer if Suite.TRANSFER in suites else ()
+    with ray_if_needed(config, (*chosen_anchors(config, names), *readers)):
+        evaluate_run(config, console, suites, names, against)
 
 
 @app.command()

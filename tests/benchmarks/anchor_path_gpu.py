@@ -25,13 +25,14 @@ import torch
 from anchor_service.actor import AnchorActor
 from anchor_service.pool import AnchorPool
 from shared.config import load_config
+from shared.errors import AnchorCallError
 from shared.flops import decoder_size
 from shared.vlm import vlm_config
 from tests.benchmarks.anchor_path import print_rows
 from tests.benchmarks.bench import N_IMAGES, N_LATENTS, N_QUESTIONS, Bench, read_request
 from tests.benchmarks.models import QWEN_7B, random_weights
 from tests.benchmarks.ray_rows import generator_side, local_ray, pool_request
-from tests.benchmarks.read_flops import generator_flops, packed_read_flops
+from tests.benchmarks.read_flops import generator_flops, packed_read_flops, packed_tokens
 from tests.benchmarks.read_memory import memory_rows
 from tests.benchmarks.read_rows import speed_rows, switch_rows
 from tests.benchmarks.results import Result, record, record_unmeasured
@@ -77,11 +78,9 @@ def throughput(bench: Bench) -> list[Result]:
         request = read_request(anchor, n_images=n_images)
         counts = decoder_size(anchor.model.hf_model.config)
         flops = packed_read_flops(counts, n_images, N_LATENTS, N_QUESTIONS)
-        columns = sum(len(branch.token_ids) - 1 for branch in anchor.model.prompt.branches(request.questions)[0])
+        n_tokens = n_images * packed_tokens(N_LATENTS, N_QUESTIONS)
         call = partial(anchor.read, request)
-        rows += _throughput(
-            bench, f"anchor read, B={n_images}", call, flops, n_images * (N_LATENTS + columns), at_least
-        )
+        rows += _throughput(bench, f"anchor read, B={n_images}", call, flops, n_tokens, at_least)
         del anchor, call
         _free()
     return rows + _generator_throughput(bench)
@@ -295,7 +294,9 @@ def run_part(part: Part, device: str, tiny: bool) -> list[Result]:
         bench = Bench(Path(folder), COMMAND, repetitions, device, "bfloat16", tiny, with_weights=False)
         try:
             return part.run(bench)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, AnchorCallError) as error:
+            if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+                raise
             print("out of GPU memory; recorded as not measured")
             return unmeasured(part)
         finally:

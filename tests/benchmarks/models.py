@@ -18,7 +18,13 @@ from unittest import mock
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from shared.messages import Question
@@ -110,15 +116,10 @@ def random_weights() -> Iterator[None]:
 
 def _load_random(path: str, dtype: str = "float32", device: str = "cpu") -> VisionLanguageModel:
     """`shared.vlm.load_vlm` for a folder without weights."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])
-    try:
-        with torch.device(device):
-            hf_model = Qwen2_5_VLForConditionalGeneration._from_config(
-                AutoConfig.from_pretrained(path), attn_implementation="sdpa"
-            )
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        hf_model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(path), dtype=DTYPES[dtype], attn_implementation="sdpa"
+        )
     return VisionLanguageModel(hf_model, load_processor(path), path)
 
 

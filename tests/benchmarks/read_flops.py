@@ -5,7 +5,14 @@ Legend: B images, T tokens of a row, S keys of a row, K latents, Q questions per
 
 from __future__ import annotations
 
-from shared.flops import DecoderSize, forward_flops, head_flops, input_gradient_flops
+from shared.flops import (
+    DecoderSize,
+    forward_flops,
+    head_flops,
+    input_gradient_flops,
+    lora_backward_flops,
+    lora_forward_flops,
+)
 from tests.benchmarks.models import ANSWER_TOKENS, BRANCH_TOKENS, HEADER_TOKENS
 
 _PREFIX = HEADER_TOKENS + 1
@@ -33,9 +40,9 @@ def generator_flops(size: DecoderSize, n_images: int, n_tokens: int, rank: int) 
     """The generator's pass over rows of T = n_tokens, LoRA on every linear layer; vision tower and head not counted."""
     stack = forward_flops(size, n_images, n_tokens, n_tokens) + input_gradient_flops(size, n_images, n_tokens, n_tokens)
     attention_ends = 4 * size.width + 2 * size.attention_width + 2 * size.kv_width
-    layer_ends = attention_ends + 3 * (size.width + size.ffn_width)
-    # Each of the two thin matrices: forward, gradient of its input, gradient of itself.
-    return stack + 3 * 2 * rank * size.layers * layer_ends * n_images * n_tokens
+    lora_weights = rank * size.layers * (attention_ends + 3 * (size.width + size.ffn_width))
+    tokens = n_images * n_tokens
+    return stack + lora_forward_flops(lora_weights, tokens) + lora_backward_flops(lora_weights, tokens)
 
 
 def _pass_flops(size: DecoderSize, n_rows: int, n_tokens: int, n_keys: int, n_predictions: int) -> int:

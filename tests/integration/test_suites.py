@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from shared.config import Config, parse_config
+from shared.messages import Question
+from shared.reading import pack_questions, score_answers
+from shared.vlm import load_vlm
 from tests.integration.helpers import training_tree
+from trainer.data.clevr import load_clevr
 from trainer.evaluation import run as evaluation_run
 from trainer.evaluation.run import evaluate_run
 from trainer.loop import train_run
@@ -97,3 +103,55 @@ def test_an_interrupted_evaluation_goes_on_and_a_finished_one_starts_anew(
 def test_untrained_latents_are_inert(toy_folder: Path, trained: Path) -> None:
     result = evaluate_run(config_of(toy_folder, trained), QUIET, ("causal",))
     assert [figures["verdict"] for figures in result["causal"].values()] == ["inert", "inert"]
+
+
+def test_a_run_is_like_itself_and_less_like_another(toy_folder: Path, trained: Path, tmp_path: Path) -> None:
+    tree = config_of(toy_folder, tmp_path / "other").model_dump(mode="json")
+    tree["train"] |= {"seed": 3, "steps": 4, "lr_lora": 0.05}
+    train_run(parse_config(tree, "test"), resume=False)
+    config = config_of(toy_folder, trained)
+    alike = [
+        evaluate_run(config, QUIET, ("reading",), other_run=run)["against"][str(run)]
+        for run in (trained, tmp_path / "other")
+    ]
+    assert alike[0]["cka"] == pytest.approx(1.0)
+    assert alike[0]["cka_per_slot"] == pytest.approx([1.0] * 9)
+    assert alike[1]["cka"] < 0.999
+
+
+def write_pope(folder: Path, images: list[Path]) -> None:
+    (folder / "val2014").mkdir(parents=True)
+    lines = []
+    for i, image in enumerate(images):
+        shutil.copy(image, folder / "val2014" / image.name)
+        label = ("yes", "no")[i % 2]
+        lines.append({"question_id": i, "image": image.name, "text": "is there a red square?", "label": label})
+    for subset in ("random", "popular", "adversarial"):
+        (folder / f"coco_pope_{subset}.json").write_text("\n".join(json.dumps(line) for line in lines))
+
+
+def test_a_benchmark_is_answered_by_likelihood(toy_folder: Path, trained: Path, tmp_path: Path) -> None:
+    """Against readings of one candidate at a time."""
+    records = load_clevr(toy_folder / "data", "test")
+    write_pope(tmp_path / "pope", [record.image_path for record in records])
+    tree = config_of(toy_folder, trained).model_dump(mode="json")
+    tree["evaluation"]["benchmarks"] = {"pope": str(tmp_path / "pope")}
+    config = parse_config(tree, "test")
+    section = evaluate_run(config, QUIET, ("benchmarks",))["benchmarks"]["pope"]
+    assert section["left_out"] == 0
+
+    model = load_vlm(str(toy_folder / "B")).freeze()
+    hits = []
+    for i, record in enumerate(records):
+        tokens = model.image_tokens([record.load_image()])
+        prompt = "is there a red square?\nAnswer yes or no."
+        candidates = [[Question(prompt, answer)] for answer in ("yes", "no")]
+        scored = [
+            score_answers(model, pack_questions(model, tokens.media, [c]), torch.cat(tokens.tokens)).logprobs_N.sum()
+            for c in candidates
+        ]
+        hits.append((scored[0] >= scored[1]) == (i % 2 == 0))
+    figures = section["anchors"]["B"]["ceiling"]
+    assert figures["n"] == 3 * len(records)
+    assert figures["scores"]["accuracy"] == pytest.approx(sum(map(bool, hits)) / len(hits))
+    assert figures["unparsed"] == []

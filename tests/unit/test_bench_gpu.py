@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from shared.errors import AnchorCallError
 from shared.flops import decoder_size
 from tests.benchmarks import anchor_path_gpu, results
-from tests.benchmarks.anchor_path_gpu import NEEDS_GPU, PARTS, run_part
+from tests.benchmarks.anchor_path_gpu import NEEDS_GPU, PARTS, Part, run_part
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.models import TINY, build_folder
 from tests.benchmarks.read_flops import generator_flops
 from tests.benchmarks.results import Result, record, record_unmeasured
 from tests.benchmarks.runs import make_records, run_config
 from trainer.generator import Generator
 
-HERE = [name for name in PARTS if name not in ("memory", "sharing")]
-"""Memory is counted by the GPU's allocator alone, sharing needs Ray (`tests/integration/test_bench_ray.py`)."""
+HERE = [name for name in PARTS if name != "sharing"]
+"""Sharing needs Ray: `tests/integration/test_bench_ray.py`."""
 
 
 @pytest.fixture
@@ -61,6 +64,30 @@ def test_without_a_gpu_it_says_so_and_records_no_value(
     assert [entry["figure"] for entry in stored] == [figure for part in PARTS.values() for figure, _ in part.figures]
     assert all(entry["value"] is None and entry["met"] is None for entry in stored)
     assert "not measured" in (results_files / "RESULTS.md").read_text()
+
+
+def test_too_small_a_card_leaves_the_figures_without_values() -> None:
+    def too_large(bench: Bench) -> list[Result]:
+        raise AnchorCallError("anchor A: out of memory") from torch.OutOfMemoryError()
+
+    def broken(bench: Bench) -> list[Result]:
+        raise AnchorCallError("anchor A: no gradient")
+
+    (row,) = run_part(Part(too_large, (("f", "≥ 1"),)), "cpu", tiny=True)
+    assert (row.figure, row.value, row.bar, row.met) == ("f", None, "≥ 1", None)
+    with pytest.raises(AnchorCallError, match="no gradient"):
+        run_part(Part(broken, ()), "cpu", tiny=True)
+
+
+def test_a_picture_stands_below_its_commands_table(results_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = results_files / "growth.png"
+    monkeypatch.setattr(results, "_PICTURES", {"c": (picture, "what it shows")})
+    entries = [asdict(Result("f", 2.0, "×", "–", None, 2.0, 2.0, 5, command)) for command in ("c", "d")]
+    assert "growth.png" not in results.render(entries)
+    picture.touch()
+    first, second = results.render(entries).split("## `d`")
+    assert "![what it shows](growth.png)" in first
+    assert "growth.png" not in second
 
 
 def test_an_unmeasured_figure_does_not_replace_a_measured_one(results_files: Path) -> None:

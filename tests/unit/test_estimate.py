@@ -208,7 +208,7 @@ def test_processes_and_totals(folders: dict[str, str]) -> None:
     # 4 images on 3 replicas: 2 on the fullest.
     asked = [question for row in typical_questions(config)[:2] for question in row]
     n_answer_tokens = sum(branch.n_answer for branch in facts[d].prompt.branches([asked])[0])
-    assert there.parts["logits of answer tokens"] == n_answer_tokens * facts[d].decoder.vocabulary * 3 * 4
+    assert there.parts["logits of answer tokens"] == n_answer_tokens * facts[d].decoder.vocabulary * 4
 
 
 def test_microbatches_lower_the_estimate_unless_two_are_in_flight(folders: dict[str, str]) -> None:

@@ -28,13 +28,13 @@ def plain(hidden_ND, head_VD, bias_V, targets_N):
     ]
 
 
-@pytest.mark.parametrize("rows", [1, 5, N, 1000])
+@pytest.mark.parametrize("block", [1, 64, VOCABULARY, 1000])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_values_and_gradient_under_unequal_weights(rows: int, with_bias: bool):
+def test_values_and_gradient_under_unequal_weights(block: int, with_bias: bool):
     hidden_ND, head_VD, bias_V, targets_N, weights_N = case(torch.float32, with_bias)
     expected_N = plain(hidden_ND, head_VD, bias_V, targets_N)
     (expected_grad,) = torch.autograd.grad((expected_N * weights_N).sum(), hidden_ND)
-    logprobs_N, best_N = token_logprobs(hidden_ND, head_VD, bias_V, targets_N, chunk_bytes=rows * 4 * VOCABULARY)
+    logprobs_N, best_N = token_logprobs(hidden_ND, head_VD, bias_V, targets_N, block=block)
     (grad,) = torch.autograd.grad((logprobs_N * weights_N).sum(), hidden_ND)
     torch.testing.assert_close(logprobs_N, expected_N, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
@@ -45,7 +45,7 @@ def test_a_loss_that_is_not_linear_in_the_log_probabilities():
     hidden_ND, head_VD, _, targets_N, _ = case(torch.float64)
 
     def loss(hidden):
-        logprobs_N, _ = token_logprobs(hidden, head_VD, None, targets_N, chunk_bytes=7 * 4 * VOCABULARY)
+        logprobs_N, _ = token_logprobs(hidden, head_VD, None, targets_N, block=70)
         return logprobs_N.square().sum() + logprobs_N[:3].prod()
 
     assert torch.autograd.gradcheck(loss, (hidden_ND,), fast_mode=True)

@@ -108,7 +108,8 @@ def test_cached_prefix_follows_template_and_dtype(tiny_folder, questions):
 
     model.hf_model.double()
     assert read(True).dtype is torch.float64
-    assert max_relative_error(read(True), read(False)) <= 1e-12
+    # The norms of transformers go through float32 even in a float64 model.
+    assert max_relative_error(read(True), read(False)) <= 1e-6
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -102,7 +102,7 @@ def test_seconds_are_products_plus_moved_bytes_plus_overhead(tiny_folder: TinyFo
     config = config_of(tiny_folder("qwen2_5_vl"), [{"name": "x"}])
     models = models_of(config)
     facts = models[config.generator.model]
-    device = Device("slow", {"float32": 1e9}, 1e9, 1e9, 0.5, 3.0, 0.25, measured=True)
+    device = Device("slow", {"float32": 1e9}, 1e9, 1e9, 0.5, 3.0, 0.25)
     kept = 1000
     weights = facts.decoder.linear_weights * 4
     seconds = module.pass_seconds(facts, device, "float32", 10**8, kept, backward=True)

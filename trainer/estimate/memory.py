@@ -13,8 +13,8 @@ of the dtype, each layer keeps per token
 and with LoRA what its matrices need for their own gradients: their inputs (once per input in float32, a cast for each
 matrix in bfloat16), their rank-wide outputs and, in bfloat16, a cast of the weights. Gradient checkpointing keeps the
 input of every layer, and all of the above for one layer at a time. At the start of backward, gradients of the last
-layer come on top: `_GRADIENTS`, measured. Logits exist for answer tokens alone, as float32 three times over
-(log-softmax, its gradient, and the gradient of what went in).
+layer come on top: `_GRADIENTS`, measured. Logits exist for answer tokens alone and one block of the vocabulary at
+a time (`shared.likelihood`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from shared.config import Config, LoraConfig
+from shared.likelihood import BLOCK
 from trainer.estimate.models import ModelFacts, lora_parameters
 from trainer.estimate.rows import Questions, Rows, anchor_rows, generator_rows
 from trainer.losses import ConceptHead
@@ -134,7 +135,9 @@ def kept_per_layer(facts: ModelFacts, rows: Rows, dtype: str, lora: LoraConfig |
 
 def read_bytes(facts: ModelFacts, rows: Rows, dtype: str) -> dict[str, int]:
     """Activations and logits of one read with gradient. Gradients of a layer come after those of the logits."""
-    logits = 3 * rows.n_predictions * facts.decoder.vocabulary * max(_FLOAT32, BYTES[dtype])
+    # In the dtype of the weights before and after, in float32 between.
+    bytes_per_logit = BYTES[dtype] if dtype != "bfloat16" else _FLOAT32 + 2 * BYTES[dtype]
+    logits = rows.n_predictions * min(facts.decoder.vocabulary, BLOCK) * bytes_per_logit
     gradients = rows.all_tokens * _GRADIENTS[False][dtype] * facts.decoder.ffn_width * BYTES[dtype]
     return {
         "activations": activation_bytes(facts, rows, dtype) - min(gradients, logits),

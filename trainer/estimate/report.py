@@ -69,7 +69,7 @@ def with_microbatches(config: Config, n: int) -> Config:
 def verdict(config: Config, time: StepTime, gpu: Device | None) -> list[str]:
     """Step time, the slower side and by how much, and how many replicas would balance them."""
     images_per_s = config.train.batch_images / time.step_s
-    basis = "CPU: efficiency measured" if gpu is None else f"{gpu.name}: efficiency assumed, not measured"
+    basis = "CPU: its peak measured now" if gpu is None else f"{gpu.name}: efficiency assumed, not measured"
     cut = f"{config.train.microbatches} microbatches" if config.train.microbatches != 1 else "1 microbatch"
     lines = [f"Step: {time.step_s:.3g} s, {images_per_s:.3g} images/s in {cut} ({basis})."]
     if not time.remote_s:

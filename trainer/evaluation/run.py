@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from shared.config import AnchorConfig, Config, load_config
 from shared.errors import CheckpointError, ConfigError
 from trainer.checkpoint import Checkpoint, CheckpointStore
 from trainer.data import load_records
-from trainer.evaluation.suites import SUITES, Session
+from trainer.evaluation.suites import SUITES, Session, against
 from trainer.evaluation.tables import print_tables
 from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
@@ -34,17 +35,21 @@ def run_config(run_dir: Path) -> Config:
 
 
 def evaluate_run(
-    config: Config, console: Console, suites: Sequence[str] = ("reading",), anchors: Sequence[str] = ()
+    config: Config,
+    console: Console,
+    suites: Sequence[str] = ("reading",),
+    anchors: Sequence[str] = (),
+    other_run: Path | None = None,
 ) -> dict[str, Any]:
     """Measure suites with all anchors of the config, or the named ones; writes RUN/evaluation.json, prints tables.
+
+    other_run: a run whose latents of the same images are compared with these (section `against`).
 
     Each suite's section is written as soon as it is done. An evaluation that was interrupted goes on with the suites
     that it lacks; one that was finished is measured anew. Sections of suites that were not asked for stay as long as
     checkpoint, split, images, seed and anchors are the same.
     """
-    checkpoint = CheckpointStore(config.run.dir, config.train.keep_checkpoints).best()
-    if checkpoint is None:
-        raise CheckpointError(f"{config.run.dir}: no checkpoint to evaluate; train first")
+    checkpoint = _best_checkpoint(config)
     chosen = chosen_anchors(config, anchors)
     records = load_records(config.data, config.data.test_split)[: config.evaluation.images]
     header = _header(config, checkpoint, len(records), chosen)
@@ -53,8 +58,7 @@ def evaluate_run(
     todo = [suite for suite in suites if _section(suite) not in done]
     if len(todo) < len(suites):
         console.print(f"going on with an interrupted evaluation: {', '.join(todo) or 'nothing'} left")
-    generator = Generator(config.generator, config.train.seed)
-    generator.load_adapter(checkpoint.folder)
+    generator = _trained_generator(config)
     shared_base = (generator.model, generator.adapter_off)
     with (
         AnchorPool.start(config, generator.handshake(), shared_base, chosen) as pool,
@@ -69,11 +73,33 @@ def evaluate_run(
         for suite in todo:
             done[_section(suite)] = SUITES[suite](session)
             _write(unfinished, {**header, **done})
+        if other_run is not None:
+            done["against"] = {str(other_run): against(session, _other_session(other_run, session))}
     result = {**header, **_read(file, header), **done}
     _write(file, result)
     unfinished.unlink(missing_ok=True)
-    print_tables(result, [_section(suite) for suite in suites], console)
+    print_tables(result, [_section(suite) for suite in suites] + ["against"] * (other_run is not None), console)
     return result
+
+
+def _best_checkpoint(config: Config) -> Checkpoint:
+    checkpoint = CheckpointStore(config.run.dir, config.train.keep_checkpoints).best()
+    if checkpoint is None:
+        raise CheckpointError(f"{config.run.dir}: no checkpoint to evaluate; train first")
+    return checkpoint
+
+
+def _trained_generator(config: Config) -> Generator:
+    generator = Generator(config.generator, config.train.seed)
+    generator.load_adapter(_best_checkpoint(config).folder)
+    return generator
+
+
+def _other_session(run_dir: Path, session: Session) -> Session:
+    """Another run's generator before the same images; no anchor of its own."""
+    config = run_config(run_dir)
+    generator = _trained_generator(config)
+    return replace(session, config=config, generator=generator, features=ImageFeatures(generator, None))
 
 
 def chosen_anchors(config: Config, names: Sequence[str]) -> tuple[AnchorConfig, ...]:

@@ -5,6 +5,7 @@
     controls   the image is replaced or disturbed before the generator sees it
     geometry   how the latents lie, what each slot is worth, what a linear probe reads from them
     transfer   readers of another family and width, through a closed-form projector
+    benchmarks public benchmarks from local files, with their official metrics
 
 Figures of causal and controls are over the kinds of question that were trained on, as in the headline of reading.
 
@@ -32,6 +33,7 @@ from shared.vlm import nearly_square, pooled_image_tokens
 from trainer.data import training_records
 from trainer.data.records import Record
 from trainer.evaluation import geometry
+from trainer.evaluation.benchmarks.reading import read_benchmark
 from trainer.evaluation.causal import CausalTest, causal_tests
 from trainer.evaluation.perturbations import mismatched, perturbations
 from trainer.evaluation.pgd import adversarial_latents
@@ -69,7 +71,7 @@ class Session:
     pool: AnchorPool
     records: list[Record]
     track: Track
-    _tests_read: dict[str, Outcomes] = field(default_factory=dict)
+    _tests_read: dict[str, Outcomes] = field(default_factory=dict, init=False)
 
     @cached_property
     def reader(self) -> Reader:
@@ -197,12 +199,32 @@ def transfer_suite(s: Session) -> dict[str, Any]:
     }
 
 
+def benchmarks_suite(s: Session) -> dict[str, Any]:
+    """By public benchmark of the config: official figures by anchor, from latents and from the image."""
+    folders, batch_images = s.config.evaluation.benchmarks, s.config.evaluation.batch_images
+    return {
+        name: read_benchmark(name, folders[name], s.generator, s.pool, batch_images)
+        for name in s.track(folders, "benchmarks", len(folders))
+    }
+
+
+def against(s: Session, other: Session) -> dict[str, Any]:
+    """Linear CKA of two runs' latents of the same images: in all, and slot by slot where both have as many."""
+    ours_BKD, theirs_BKD = s.latents_BKD.float().cpu(), other.latents_BKD.float().cpu()
+    section: dict[str, Any] = {"cka": geometry.linear_cka(ours_BKD.flatten(1), theirs_BKD.flatten(1))}
+    if ours_BKD.shape[1] == theirs_BKD.shape[1]:
+        slots = zip(ours_BKD.unbind(1), theirs_BKD.unbind(1), strict=True)
+        section["cka_per_slot"] = [geometry.linear_cka(ours_BD, theirs_BD) for ours_BD, theirs_BD in slots]
+    return section
+
+
 SUITES: dict[str, Callable[[Session], dict[str, Any]]] = {
     "reading": reading_suite,
     "causal": causal_suite,
     "controls": controls_suite,
     "geometry": geometry_suite,
     "transfer": transfer_suite,
+    "benchmarks": benchmarks_suite,
 }
 
 

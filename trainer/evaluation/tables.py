@@ -19,6 +19,8 @@ def print_tables(result: dict[str, Any], sections: Sequence[str], console: Conso
         "controls": print_controls,
         "geometry": print_geometry,
         "transfer": print_transfer,
+        "benchmarks": print_benchmarks,
+        "against": print_against,
     }
     for section in sections:
         printers[section](result, console)
@@ -92,6 +94,25 @@ def print_transfer(result: dict[str, Any], console: Console) -> None:
             cells = (_cell(figures[c]) for c in (*CONDITIONS, "recovered_share"))
             table.add_row(f"{name}: {projector.replace('_', ' ')}", *cells)
     console.print(table)
+
+
+def print_benchmarks(result: dict[str, Any], console: Console) -> None:
+    """The headline figure of every public benchmark."""
+    table = Table("benchmark", "figure", "anchor", "latents", "ceiling", "chance", "records", title="Public benchmarks")
+    for benchmark, section in result["benchmarks"].items():
+        for anchor, figures in section["anchors"].items():
+            headline, chance = figures["latents"]["headline"], figures["latents"]["chance"]
+            values = [figures[condition]["scores"][headline] for condition in ("latents", "ceiling")]
+            values.append(chance["scores"][headline] if chance else None)
+            cells = ["–" if value is None else f"{value:.3f}" for value in values]
+            table.add_row(benchmark, headline, anchor, *cells, str(figures["latents"]["n"]))
+    console.print(table)
+
+
+def print_against(result: dict[str, Any], console: Console) -> None:
+    """How alike the latents of two runs are."""
+    for run, section in result["against"].items():
+        console.print(f"linear CKA with the latents of {run}: {section['cka']:.3f} (1: a rotation)")
 
 
 def _print_tests(title: str, section: dict[str, Any], console: Console) -> None:
