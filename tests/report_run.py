@@ -72,7 +72,8 @@ def evaluation(records: list[Record], rng: np.random.Generator) -> dict[str, Any
                 for fit in ("least_squares", "procrustes")
             }
         },
-        "benchmarks": {"mmvp": {name: {"pair_accuracy": figure(0.4), "chance": 0.25} for name in ANCHORS}},
+        "benchmarks": {"mmvp": {"left_out": 2, "anchors": {name: benchmark() for name in ANCHORS}}},
+        "against": {"runs/other": {"cka": 0.87}},
         "gallery": [failure(record) for record in records[:6]],
     }
 
@@ -135,6 +136,18 @@ def geometry(rng: np.random.Generator) -> dict[str, Any]:
 def slots(rng: np.random.Generator) -> dict[str, Any]:
     alone = [figure(0.1 * rng.random()) for _ in range(K)]
     return {"utility": figure(1.2), "utility_alone": alone, "helpful_slots": 5}
+
+
+def benchmark() -> dict[str, Any]:
+    chance = {"n": 30, "scores": {"pair_accuracy": 0.25, "accuracy": 0.5}}
+    scores = {
+        "latents": {"pair_accuracy": 0.4, "accuracy": 0.61, "category": {"colour": 0.5}},
+        "ceiling": {"pair_accuracy": 0.7, "accuracy": None},
+    }
+    return {
+        condition: {"n": 30, "headline": "pair_accuracy", "scores": s, "chance": chance, "unparsed": []}
+        for condition, s in scores.items()
+    }
 
 
 def failure(record: Record) -> dict[str, Any]:

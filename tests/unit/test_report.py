@@ -143,7 +143,7 @@ def test_answers_of_anchors_are_text_and_never_markup(page):
 
 def test_a_run_with_the_reading_suite_alone_gets_a_page_that_says_what_is_missing(changed):
     def reading_only(evaluation):
-        for section in ("causal", "controls", "geometry", "transfer", "benchmarks", "gallery"):
+        for section in ("causal", "controls", "geometry", "transfer", "benchmarks", "against", "gallery"):
             del evaluation[section]
 
     folder = changed(reading_only)
@@ -153,7 +153,9 @@ def test_a_run_with_the_reading_suite_alone_gets_a_page_that_says_what_is_missin
         assert (
             f"changed: the {suite} suite; measure it with python -m trainer evaluate {folder} --suite {suite}" in absent
         )
-    assert len(absent) == 6, "benchmarks and gallery besides"
+    assert "changed: the benchmarks suite; evaluation.benchmarks of its config is empty" in absent
+    assert "changed: the failure gallery; evaluation.json holds none" in absent
+    assert len(absent) == 6
 
 
 def test_the_causal_suite_alone_makes_a_page_too(changed):
@@ -180,6 +182,25 @@ def test_a_table_has_every_swap_of_every_anchor(run):
     table: Table = tables.causal(load_results([run]))
     assert len(table.rows) == len(ANCHORS) * (len(SWAPS) + 3 * K - 1)
     assert "zero slot 3 · C" in table.rows
+
+
+def test_benchmarks_stand_beside_the_image_and_chance(run):
+    runs = load_results([run])
+    assert [cell.text for cell in tables.benchmarks(runs).rows["mmvp, pair accuracy · B"]] == [
+        *("0.400", "0.700", "0.250"),
+        *("30", "2", "0"),
+    ]
+    assert [cell.text for cell in tables.benchmark_details(runs).rows["mmvp, accuracy · B"]] == ["0.610", "–", "0.500"]
+    assert [cell.text for cell in tables.benchmark_details(runs).rows["mmvp, category: colour · B"]] == [
+        "0.500",
+        "–",
+        "–",
+    ]
+
+
+def test_another_runs_latents_are_compared_with_or_without_geometry(changed):
+    runs = load_results([changed(lambda evaluation: evaluation.pop("geometry"))])
+    assert [cell.text for cell in tables.geometry(runs).rows["linear CKA with runs/other"]] == ["0.870"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,6 +34,8 @@ class Figure(Part):
 
 
 Figures = dict[str, Figure]
+Condition = Literal["latents", "ceiling"]
+"""What a benchmark is read from."""
 
 
 class Reading(Part):
@@ -97,6 +99,38 @@ class Geometry(Part):
     probes: Probes | None
 
 
+class Chance(Part):
+    """What guesses score, laid out as `Scores.scores`."""
+
+    scores: dict[str, Any]
+
+
+class Scores(Part):
+    """Official figures of one anchor under one condition; `headline` names the one that stands for the benchmark.
+
+    A value of `scores` is a number, None, or again figures by name.
+    """
+
+    n: int
+    headline: str
+    scores: dict[str, Any]
+    chance: Chance | None
+    unparsed: list[Any]
+
+
+class Benchmark(Part):
+    """A public benchmark: by anchor, from the latents and from the image. left_out: records not to be answered so."""
+
+    left_out: int
+    anchors: dict[str, dict[Condition, Scores]]
+
+
+class Against(Part):
+    """How alike the latents of another run are: linear CKA."""
+
+    cka: float
+
+
 class Failure(Part):
     """One question of the gallery with every anchor's answer."""
 
@@ -122,7 +156,8 @@ class Evaluation(Part):
     controls: dict[str, dict[str, Figures]] = {}
     geometry: Geometry | None = None
     transfer: dict[str, dict[str, TransferReading]] = {}
-    benchmarks: dict[str, dict[str, dict[str, Figure | float]]] = {}
+    benchmarks: dict[str, Benchmark] = {}
+    against: dict[str, Against] = {}
     gallery: list[Failure] = []
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from importlib import metadata
 
 from shared.config import dump_config
-from trainer.evaluation.suites import SUITES
 from trainer.report import charts, tables
 from trainer.report.attention import RULES, AttentionRule
 from trainer.report.images import attention_pictures, gallery
@@ -116,7 +115,11 @@ def _training(runs: Sequence[RunResults]) -> Section | None:
 
 
 def _benchmarks(runs: Sequence[RunResults]) -> Section | None:
-    return _unless_empty(Section("Benchmarks", "From local files, with official metrics.", [tables.benchmarks(runs)]))
+    intro = (
+        "Public benchmarks from local files, with their official metrics. The candidate answer of the highest "
+        "likelihood counts; records that this cannot answer are left out."
+    )
+    return _unless_empty(Section("Benchmarks", intro, [tables.benchmarks(runs), tables.benchmark_details(runs)]))
 
 
 def _gallery(runs: Sequence[RunResults]) -> Section | None:
@@ -158,10 +161,8 @@ def _absent(runs: Sequence[RunResults]) -> list[str]:
     for run in runs:
         for suite in (suite for suite, section in _SECTIONS.items() if not section(run.evaluation)):
             remedy = f"measure it with python -m trainer evaluate {run.config.run.dir} --suite {suite}"
-            if suite == "transfer" and not run.config.evaluation.transfer:
-                remedy = "evaluation.transfer of its config names no reader"
-            elif suite not in SUITES:
-                remedy = "evaluate does not write it yet"
+            if suite in ("transfer", "benchmarks") and not getattr(run.config.evaluation, suite):
+                remedy = f"evaluation.{suite} of its config is empty"
             lines.append(f"{run.label}: the {suite} suite; {remedy}")
         if not run.evaluation.gallery:
             lines.append(f"{run.label}: the failure gallery; evaluation.json holds none")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from trainer.evaluation.reading import CONDITIONS
 from trainer.evaluation.verdict import VERDICT_TESTS
 from trainer.report.page import Cell, Table
-from trainer.report.results import Figure, Figures, Reading, RunResults
+from trainer.report.results import Condition, Figure, Figures, Reading, RunResults, Scores
 
 _ABSENT = Cell("–")
 _HEADLINE_COLUMNS = [*CONDITIONS, "recovered share", "questions"]
+_READ_FROM: tuple[Condition, ...] = ("latents", "ceiling")
+_BENCHMARK_COLUMNS = [*_READ_FROM, "chance"]
 _SWAP_COLUMNS = {
     "accuracy": "accuracy",
     "delta_accuracy": "Δ accuracy",
@@ -127,10 +130,11 @@ def geometry(runs: Sequence[RunResults]) -> Table:
     """Figures of geometry, the linear probes among them."""
 
     def rows(run: RunResults) -> dict[str, list[Cell]]:
-        if run.evaluation.geometry is None:
-            return {}
+        cells = {f"linear CKA with {name}": [cell(other.cka)] for name, other in run.evaluation.against.items()}
         geometry = run.evaluation.geometry
-        cells = {name: [cell(figure)] for name, figure in geometry.figures.items()}
+        if geometry is None:
+            return cells
+        cells |= {name: [cell(figure)] for name, figure in geometry.figures.items()}
         for name, slots in geometry.slots.items():
             cells[f"{name}: utility in nats"] = [cell(slots.utility)]
             cells[f"{name}: helpful slots"] = [Cell(f"{slots.helpful_slots} of {len(slots.utility_alone)}")]
@@ -144,19 +148,38 @@ def geometry(runs: Sequence[RunResults]) -> Table:
 
 
 def benchmarks(runs: Sequence[RunResults]) -> Table:
-    """Official metrics of public benchmarks, per anchor."""
+    """The figure that stands for each public benchmark, per anchor."""
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        cells = {}
+        for name, benchmark in run.evaluation.benchmarks.items():
+            for anchor, by_condition in benchmark.anchors.items():
+                latents = by_condition["latents"]
+                counts = (latents.n, benchmark.left_out, len(latents.unparsed))
+                cells[f"{name}, {latents.headline} · {anchor}"] = [
+                    *_scores(by_condition, latents.headline),
+                    *(Cell(str(count)) for count in counts),
+                ]
+        return _readable(cells)
+
+    columns = [*_BENCHMARK_COLUMNS, "records", "left out", "unparsed"]
+    return _table("Benchmarks, the official figure of each", columns, runs, rows)
+
+
+def benchmark_details(runs: Sequence[RunResults]) -> Table:
+    """Every official figure of every public benchmark, per anchor."""
 
     def rows(run: RunResults) -> dict[str, list[Cell]]:
         return _readable(
             {
-                f"{benchmark} · {name} · {metric}": [cell(figure)]
-                for benchmark, by_anchor in run.evaluation.benchmarks.items()
-                for name, metrics in by_anchor.items()
-                for metric, figure in metrics.items()
+                f"{name}, {figure} · {anchor}": _scores(by_condition, figure)
+                for name, benchmark in run.evaluation.benchmarks.items()
+                for anchor, by_condition in benchmark.anchors.items()
+                for figure in _flat(by_condition["latents"].scores)
             }
         )
 
-    return _table("Benchmarks, official metrics", ["value"], runs, rows)
+    return _table("Benchmarks, all official figures", _BENCHMARK_COLUMNS, runs, rows, folded=True)
 
 
 def _table(
@@ -199,6 +222,24 @@ def _headline_cells(reading: Reading) -> list[Cell]:
 
 def _number(value: float) -> str:
     return f"{value:.3f}".replace("-", "−")
+
+
+def _scores(by_condition: Mapping[Condition, Scores], figure: str) -> list[Cell]:
+    chance = by_condition["latents"].chance
+    trees = [*(by_condition[name].scores for name in _READ_FROM), chance.scores if chance else {}]
+    values = [_flat(tree).get(figure) for tree in trees]
+    return [_ABSENT if value is None else cell(value) for value in values]
+
+
+def _flat(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    """Figures by name, those of a part of the benchmark as "category: part"."""
+    flat: dict[str, float | None] = {}
+    for name, value in scores.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}: {part}": figure for part, figure in _flat(value).items()}
+        else:
+            flat[name] = None if value is None else float(value)
+    return flat
 
 
 def _entry(figures: Figures, name: str) -> Cell:
