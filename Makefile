@@ -21,9 +21,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 setup: $(VENV)/installed  ## create .venv and install everything
 
-demo: setup      ## train on the toy world through two Ray anchors, evaluate, print the table
+demo: setup      ## train on the toy world through two Ray anchors, evaluate, print the table, write the report
 	rm -rf runs/demo
 	$(RUN) -m trainer train --config deploy/configs/toy.yaml
+	$(RUN) -m trainer report runs/demo
 
 test: setup      ## run all tests (what CI runs)
 	$(RUN) -m pytest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -112,6 +112,31 @@ def evaluate(
     readers = config.evaluation.transfer if Suite.TRANSFER in suites else ()
     with ray_if_needed(config, (*chosen_anchors(config, names), *readers)):
         evaluate_run(config, console, suites, names, against)
+
+
+@app.command()
+@friendly_errors
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders that evaluate was run on; the first gets the page.")],
+    attention: Annotated[
+        Literal["mean", "last", "rollout"],
+        typer.Option(help="Attention maps: mean of all layers and heads, the last layer's heads, or rollout."),
+    ] = "mean",
+    model: Annotated[
+        bool, typer.Option(help="Load each run's generator for attention maps, state space and norms by layer.")
+    ] = True,
+) -> None:
+    """Draw what was measured: one HTML file that needs no network, and its pictures as PNGs.
+
+    Writes RUN/report.html and RUN/report/*.png; several runs stand side by side. Suites that were not run are named
+    at the end of the page with their command.
+
+    Example: python -m trainer report runs/demo
+    """
+    from trainer.report.write import write_report
+
+    page = write_report(runs, attention, with_model=model)
+    Console().print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -296,7 +296,7 @@ def _probe_figures(s: Session) -> dict[str, Any] | None:
     images_N, answers_N = np.array([b for b, _ in rows]), [answer for _, answer in rows]
     latents_NKD = s.latents_BKD[torch.from_numpy(images_N)]
     states = [
-        _answer_states(s, latents, [Question(asked, answer) for answer in answers])
+        answer_states(s.generator, s.config, latents, [Question(asked, answer) for answer in answers])
         for latents, answers in zip(
             latents_NKD.split(s.config.evaluation.batch_images),
             batched(answers_N, s.config.evaluation.batch_images),
@@ -318,12 +318,12 @@ def _probe_figures(s: Session) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def _answer_states(s: Session, latents_BKD: Tensor, questions: list[Question]) -> Tensor:
+def answer_states(generator: Generator, config: Config, latents_BKD: Tensor, questions: Sequence[Question]) -> Tensor:
     """(B, D) hidden state that predicts the first answer token, in the generator's base model."""
-    model = s.generator.model
-    on_grid = s.config.pool.latent_positions is LatentPositions.GRID and model.family.uses_mrope
-    media = latent_media(s.generator.n_latents, on_grid)
-    with s.generator.adapter_off():
+    model = generator.model
+    on_grid = config.pool.latent_positions is LatentPositions.GRID and model.family.uses_mrope
+    media = latent_media(generator.n_latents, on_grid)
+    with generator.adapter_off():
         rows = pack_questions(model, [media] * len(questions), [[question] for question in questions])
         hidden_BTD = model.decode(rows, latents_BKD.flatten(0, 1))
     first = np.cumsum([0, *(counts[0] for counts in rows.counts[:-1])])
