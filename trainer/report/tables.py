@@ -113,7 +113,7 @@ def verdicts(runs: Sequence[RunResults]) -> Table:
         }
 
     columns = ["verdict", *(f"lost to {test.replace('_', ' ')}" for test in VERDICT_TESTS)]
-    return _table("Are the latents used? Share of what the latents recover that each swap takes", columns, runs, rows)
+    return _table("Used? Share of the gain lost to each swap", columns, runs, rows)
 
 
 def causal(runs: Sequence[RunResults]) -> Table:
