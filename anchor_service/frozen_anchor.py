@@ -185,9 +185,22 @@ class FrozenAnchor:
             incarnation=self._incarnation,
             logprobs=unpack(scores.logprobs_N.tolist(), scores.counts),
             matches=unpack(scores.matches_N.tolist(), scores.counts),
+            answers=self._answers(scores) if latents_grad is None else [],
             latents_grad=latents_grad,
             timings=timings,
         )
+
+    def _answers(self, scores: AnswerScores) -> list[list[str]]:
+        """What greedy decoding writes, as far as it can be known without decoding: to its first wrong token."""
+        decode = self.model.processor.tokenizer.decode
+        best, matches = unpack(scores.best_N.tolist(), scores.counts), unpack(scores.matches_N.tolist(), scores.counts)
+        return [
+            [
+                decode(tokens[: hits.index(False) + 1 if False in hits else None], skip_special_tokens=True).strip()
+                for tokens, hits in zip(row, row_hits, strict=True)
+            ]
+            for row, row_hits in zip(best, matches, strict=True)
+        ]
 
     @torch.no_grad()
     def _image_norm(self, images: Sequence[bytes]) -> float:

@@ -237,6 +237,7 @@ def _join(request_id: str, replies: Sequence[ReadReply]) -> ReadReply:
         incarnation=max(reply.incarnation for reply in replies),
         logprobs=[row for reply in replies for row in reply.logprobs],
         matches=[row for reply in replies for row in reply.matches],
+        answers=[row for reply in replies for row in reply.answers],
         latents_grad=None if gradients[0] is None else torch.cat([g for g in gradients if g is not None]),
         timings=max((reply.timings for reply in replies), key=lambda t: t.forward_s + t.backward_s),
     )

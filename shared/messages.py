@@ -87,6 +87,8 @@ class ReadReply:
     logprobs: per image and question, log p of each answer token, the end-of-turn token last.
     matches: the same shape: whether greedy decoding, given the answer so far, takes exactly that token. An
         answer is an exact match where all of its tokens match; no decoding loop is needed to know it.
+    answers: per image and question, what greedy decoding writes up to the first token that is not the answer's; empty
+        where a gradient was asked for.
     latents_grad: (B, K, D) or None, see `Gradient`.
     incarnation: how often the answering process has been started (0 for the first).
     """
@@ -96,6 +98,7 @@ class ReadReply:
     incarnation: int
     logprobs: list[list[list[float]]]
     matches: list[list[list[bool]]]
+    answers: list[list[str]] = field(default_factory=list)
     latents_grad: Tensor | None = None
     timings: ReadTimings = field(default_factory=ReadTimings)
 

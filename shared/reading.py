@@ -22,11 +22,12 @@ class AnswerScores:
     """Log-probabilities of answer tokens, ordered by image, question, token.
 
     logprobs_N: float32 (float64 for float64 models), differentiable if the media are.
-    matches_N: whether the most probable token is the answer's.
+    best_N: the most probable token at each place. matches_N: whether it is the answer's.
     counts: answer tokens per image and question.
     """
 
     logprobs_N: Tensor
+    best_N: Tensor
     matches_N: Tensor
     counts: list[list[int]]
 
@@ -64,7 +65,7 @@ def score_answers(
     hidden_BTD = model.decode(rows, media_ID, deepstack, cache)
     hidden_ND = hidden_BTD[rows.predict_N2[:, 0], rows.predict_N2[:, 1]]
     logprobs_N, best_N = token_logprobs(hidden_ND, *model.head(), rows.targets_N)
-    return AnswerScores(logprobs_N, best_N == rows.targets_N, rows.counts)
+    return AnswerScores(logprobs_N, best_N, best_N == rows.targets_N, rows.counts)
 
 
 def mean_answer_weights(counts: Sequence[Sequence[int]], count_end_of_turn: bool) -> list[float]:

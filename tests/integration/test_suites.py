@@ -63,7 +63,10 @@ def assert_near(one: Any, other: Any, where: str = "") -> None:
 def test_batch_size_and_placement_do_not_change_a_number(clean_ray: None, toy_folder: Path, trained: Path) -> None:
     local = evaluate_run(config_of(toy_folder, trained), QUIET, SUITES)
     remote = evaluate_run(config_of(toy_folder, trained, "ray", batch_images=3), QUIET, SUITES)
-    assert set(local) >= {"anchors", "causal", "controls", "geometry"}
+    assert set(local) >= {"anchors", "gallery", "causal", "controls", "geometry"}
+    assert local["gallery"], "random models must get something wrong"
+    assert all(entry["answers"].keys() == {"A", "B"} for entry in local["gallery"])
+    assert all(entry["answers"][name] != entry["gold"] for entry in local["gallery"] for name in entry["wrong"])
     assert_near(local, remote)
     assert json.loads((trained / "evaluation.json").read_text()) == json.loads(json.dumps(remote))
 

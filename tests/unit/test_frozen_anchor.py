@@ -139,14 +139,16 @@ def test_matches_say_what_greedy_decoding_would_write(tiny_folder, questions):
     model.freeze()
 
     with torch.no_grad():
-        matches = make_anchor(model).read(ReadRequest("r", questions, latents_BKD)).matches
-        outcomes = set()
+        reply = make_anchor(model).read(ReadRequest("r", questions, latents_BKD))
+        matches, outcomes, to_text = reply.matches, set(), model.processor.tokenizer.decode
         for b, row in enumerate(questions):
             for q, question in enumerate(row):
                 decoded, answer = plain_greedy(model, latents_BKD[b], question)
                 same = [d == a for d, a in zip(decoded, answer, strict=True)]
                 first_wrong = same.index(False) if False in same else len(same)
                 assert matches[b][q][: first_wrong + 1] == same[: first_wrong + 1]
+                written = to_text(decoded[: first_wrong + 1], skip_special_tokens=True).strip()
+                assert reply.answers[b][q] == written
                 outcomes.add(all(matches[b][q]))
                 assert all(matches[b][q]) == (decoded == answer)
     assert outcomes == {True, False}

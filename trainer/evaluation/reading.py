@@ -46,15 +46,16 @@ class Outcome:
     """What one anchor made of N questions under one condition.
 
     hits_N: exact match, 0 or 1, or a mean over several readings. nll_N: −log p in nats per answer token.
-    first_token_nll_N: of the first answer token alone.
+    first_token_nll_N: of the first answer token alone. answers: see `ReadReply`; of a mean none.
     """
 
     hits_N: np.ndarray
     nll_N: np.ndarray
     first_token_nll_N: np.ndarray
+    answers: Sequence[str] = ()
 
     def select(self, chosen_N: np.ndarray) -> Outcome:
-        """Some of the questions."""
+        """The figures of some of the questions."""
         return Outcome(self.hits_N[chosen_N], self.nll_N[chosen_N], self.first_token_nll_N[chosen_N])
 
 
@@ -109,14 +110,17 @@ class Reader:
 
     def _gather(self, read: Callable[[slice], dict[str, ReadReply]]) -> Outcomes:
         rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in self._pool.names}
+        answers: dict[str, list[str]] = {name: [] for name in rows}
         for here in _slices(len(self.records), self._batch_images):
             replies = read(here)
             for name in rows:
                 if name not in replies:
                     raise AnchorLostError(f"evaluation needs every anchor: {self._pool.lost[name]}")
                 rows[name] += _per_question(replies[name], self._count_end_of_turn)
+                answers[name] += [answer for row in replies[name].answers for answer in row]
             self._advance(len(self.records[here]))
-        return {name: Outcome(*np.array(values).T) for name, values in rows.items()}
+        columns = {name: np.array(values).T for name, values in rows.items()}
+        return {name: Outcome(hits, nll, first, answers[name]) for name, (hits, nll, first) in columns.items()}
 
 
 @torch.no_grad()

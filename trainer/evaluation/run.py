@@ -17,7 +17,7 @@ from shared.config import AnchorConfig, Config, load_config
 from shared.errors import CheckpointError, ConfigError
 from trainer.checkpoint import Checkpoint, CheckpointStore
 from trainer.data import load_records
-from trainer.evaluation.suites import SUITES, Session, against
+from trainer.evaluation.suites import SUITES, Session, against, failure_gallery
 from trainer.evaluation.tables import print_tables
 from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
@@ -72,6 +72,8 @@ def evaluate_run(
         session = Session(config, generator, features, pool, records, track)
         for suite in todo:
             done[_section(suite)] = SUITES[suite](session)
+            if suite == "reading":
+                done["gallery"] = failure_gallery(session)
             _write(unfinished, {**header, **done})
         if other_run is not None:
             done["against"] = {str(other_run): against(session, _other_session(other_run, session))}

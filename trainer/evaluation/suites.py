@@ -57,6 +57,7 @@ from trainer.image_features import ImageFeatures
 
 Track = Callable[[Iterable[str], str, int], Iterable[str]]
 """Iterates with a progress bar: names, of what, how many."""
+_GALLERY = 24
 _VISUAL_IMAGES = 64
 """Images whose visual tokens stand for all where a distribution is asked for."""
 
@@ -135,6 +136,26 @@ def reading_suite(s: Session) -> dict[str, Any]:
         name: {"seen_in_training": name not in unseen, **summarise(of_anchor(s.conditions, name), s.reader, s.config)}
         for name in s.pool.names
     }
+
+
+def failure_gallery(s: Session) -> list[dict[str, Any]]:
+    """Some questions, drawn at random, that at least one anchor gets wrong from the latents, with every answer."""
+    outcomes = s.conditions["latents"]
+    missed_N = np.any([outcome.hits_N < 1 for outcome in outcomes.values()], axis=0)
+    shown = np.random.default_rng(s.config.train.seed).permutation(np.flatnonzero(missed_N))[:_GALLERY]
+    questions = [(record, question) for record in s.records for question in record.questions]
+    return [
+        {
+            "record": questions[n][0].record_id,
+            "image": str(questions[n][0].image_path),
+            "question": questions[n][1].text,
+            "kind": questions[n][1].kind,
+            "gold": questions[n][1].answer,
+            "answers": {name: outcome.answers[n] for name, outcome in outcomes.items()},
+            "wrong": [name for name, outcome in outcomes.items() if outcome.hits_N[n] < 1],
+        }
+        for n in shown.tolist()
+    ]
 
 
 def causal_suite(s: Session) -> dict[str, Any]:
