@@ -32,7 +32,7 @@ from shared.errors import (
     NonFiniteError,
     ResourceError,
 )
-from shared.messages import Gradient, ReadRequest
+from shared.messages import PROTOCOL_VERSION, Gradient, ReadRequest
 from tests.integration.helpers import (
     LATENTS,
     QUESTIONS,
@@ -224,7 +224,12 @@ def test_replica_takes_over_the_share_of_a_dead_one(
 
 @pytest.mark.parametrize(
     ("field", "ours", "theirs"),
-    [("latents", 9, LATENTS), ("width", 64, WIDTH), ("dtype", "bfloat16", "float32"), ("protocol", 99, 1)],
+    [
+        ("latents", 9, LATENTS),
+        ("width", 64, WIDTH),
+        ("dtype", "bfloat16", "float32"),
+        ("protocol", 99, PROTOCOL_VERSION),
+    ],
 )
 def test_handshake_refuses_a_misfit_and_names_both_sides(tiny_folder: FolderOf, field: str, ours: Any, theirs: Any):
     config = pool_config([anchor_config("reader", tiny_folder("llava"), placement="local")])

@@ -17,7 +17,7 @@ from anchor_service.frozen_anchor import FrozenAnchor, check_handshake
 from anchor_service.pool import AnchorPool
 from shared.config import Config, parse_config
 from shared.errors import AnchorCallError, DataError, HandshakeError, ModelError
-from shared.messages import Gradient, Handshake, LatentPositions, Question, ReadRequest
+from shared.messages import PROTOCOL_VERSION, Gradient, Handshake, LatentPositions, Question, ReadRequest
 from shared.packing import Media, latent_media
 from shared.reading import nll_per_image, pack_questions, score_answers
 from shared.vlm import VisionLanguageModel, load_vlm
@@ -314,7 +314,7 @@ def double_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradcheck_through_the_bridge(tiny_folder, questions, mode):
     """Two anchors of two families and unequal weights, under a loss that is not linear in the NLLs."""
     config = double_config([tiny_folder(f, "float64") for f in ("llava", "qwen2_5_vl")], mode)
-    generator = Handshake("test", 1, N_LATENTS, WIDTH, "float64", "llava", "")
+    generator = Handshake("test", PROTOCOL_VERSION, N_LATENTS, WIDTH, "float64", "llava", "")
     with AnchorPool.start(config, generator) as pool:
         bridge = AnchorBridge(pool, Gradient(mode), count_end_of_turn=True)
 

@@ -23,7 +23,8 @@ def print_tables(result: dict[str, Any], sections: Sequence[str], console: Conso
         "against": print_against,
     }
     for section in sections:
-        printers[section](result, console)
+        if result[section]:
+            printers[section](result, console)
 
 
 def print_reading(result: dict[str, Any], console: Console) -> None:
