@@ -6,7 +6,7 @@ export RAY_AUTH_MODE ?= disabled
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast lint format models seeds model-figures bench bench-gpu clean
+.PHONY: help setup demo test test-fast lint format models seeds model-figures evaluation-figures bench bench-gpu clean
 
 help:            ## list targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
@@ -49,6 +49,9 @@ seeds: setup     ## measure the demo's figures with three seeds and the shuffled
 
 model-figures: setup  ## measure the shipped toy models on unseen scenes
 	$(RUN) -m tests.benchmarks.toy_models
+
+evaluation-figures: setup  ## measure verdicts, transfer and cost of the suites on the runs of make seeds
+	$(RUN) -m tests.benchmarks.evaluation_figures
 
 bench: setup     ## measure the anchor path against the baseline loop (quiet machine, 2 CPU cores, 15 minutes)
 	$(RUN) -m tests.benchmarks.anchor_path

@@ -18,7 +18,7 @@ from tests.benchmarks.results import Result, record
 
 SEEDS = (0, 1, 2)
 COMMAND = "make seeds"
-_RUNS = Path("runs/figures")
+RUNS = Path("runs/figures")
 
 
 GPU_FIGURES = (
@@ -31,7 +31,7 @@ GPU_FIGURES = (
 
 def run(seed: int, pairing: str) -> dict[str, Any]:
     """evaluation.json of one run of the demo config, with the seconds that it took."""
-    folder = _RUNS / f"{pairing}-{seed}"
+    folder = RUNS / f"{pairing}-{seed}"
     timing = folder / "wall_s.json"
     if not timing.is_file():
         settings = [f"run.dir={folder}", f"train.seed={seed}", f"data.pairing={pairing}"]

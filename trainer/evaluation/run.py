@@ -58,7 +58,7 @@ def evaluate_run(
     todo = [suite for suite in suites if _section(suite) not in done]
     if len(todo) < len(suites):
         console.print(f"going on with an interrupted evaluation: {', '.join(todo) or 'nothing'} left")
-    generator = _trained_generator(config)
+    generator = trained_generator(config)
     shared_base = (generator.model, generator.adapter_off)
     with (
         AnchorPool.start(config, generator.handshake(), shared_base, chosen) as pool,
@@ -91,7 +91,8 @@ def _best_checkpoint(config: Config) -> Checkpoint:
     return checkpoint
 
 
-def _trained_generator(config: Config) -> Generator:
+def trained_generator(config: Config) -> Generator:
+    """The generator of a run with its best checkpoint. Raises CheckpointError."""
     generator = Generator(config.generator, config.train.seed)
     generator.load_adapter(_best_checkpoint(config).folder)
     return generator
@@ -100,7 +101,7 @@ def _trained_generator(config: Config) -> Generator:
 def _other_session(run_dir: Path, session: Session) -> Session:
     """Another run's generator before the same images; no anchor of its own."""
     config = run_config(run_dir)
-    generator = _trained_generator(config)
+    generator = trained_generator(config)
     return replace(session, config=config, generator=generator, features=ImageFeatures(generator, None))
 
 

@@ -1,0 +1,162 @@
+"""What the evaluation suite says of trained and of shuffled runs, what it costs, and what packed reading saves.
+
+    make evaluation-figures
+
+Uses the runs of `make seeds` in runs/figures, and makes those that are absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anchor_service.pool import AnchorPool
+from shared.config import Config, load_config
+from tests.benchmarks.demo_figures import RUNS, SEEDS, run
+from tests.benchmarks.results import Result, record
+from tests.benchmarks.timing import interleaved, ratios, result
+from trainer.data import load_records
+from trainer.data.records import Record
+from trainer.evaluation.reading import Reader
+from trainer.evaluation.run import trained_generator
+from trainer.evaluation.statistics import over_seeds
+
+COMMAND = "make evaluation-figures"
+_PROJECTORS = ("least_squares on latents", "procrustes on latents", "procrustes on visual_tokens")
+_READ_IMAGES = 100
+
+
+def evaluate(folder: Path, *arguments: str) -> tuple[dict[str, Any], float]:
+    """evaluation.json of a run after `evaluate`, and the seconds that the command took."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "trainer", "evaluate", str(folder), *arguments], check=True)
+    return json.loads((folder / "evaluation.json").read_text()), time.perf_counter() - started
+
+
+def verdict_rows(pairing: str, expected: str, evaluations: Sequence[dict[str, Any]]) -> list[Result]:
+    """Share of runs whose anchor A has the expected verdict, and what a swap of images takes away."""
+    verdicts = [evaluation["causal"]["A"]["verdict"] for evaluation in evaluations]
+    lost = [evaluation["causal"]["A"]["lost_share"]["swap_images"]["value"] for evaluation in evaluations]
+    right = [float(verdict == expected) for verdict in verdicts]
+    unit = f"of {len(evaluations)} seeds"
+    return [
+        Result(
+            f"{pairing} pairs: verdict `{expected}`",
+            statistics.mean(right),
+            f"share {unit}",
+            "1 (each seed)",
+            min(right) == 1.0,
+            min(right),
+            max(right),
+            len(right),
+            COMMAND,
+        ),
+        Result(
+            f"{pairing} pairs: share of the recovered share that another image's latents cost",
+            statistics.mean(lost),
+            f"mean and range {unit}",
+            "–",
+            None,
+            min(lost),
+            max(lost),
+            len(lost),
+            COMMAND,
+        ),
+    ]
+
+
+def transfer_rows(evaluations: Sequence[dict[str, Any]]) -> list[Result]:
+    """Recovered share of D, another family and width, with Student's interval over seeds."""
+    rows = []
+    for projector in _PROJECTORS:
+        shares = [evaluation["transfer"]["D"][projector]["recovered_share"]["value"] for evaluation in evaluations]
+        figure = over_seeds(shares)
+        aimed = projector == _PROJECTORS[0]
+        rows.append(
+            Result(
+                f"D (another family, width 80), projector {projector.replace('_', ' ')}: recovered share",
+                figure.value,
+                f"share; mean and 95 % interval over {len(shares)} seeds",
+                "≥ 0.5 in each seed (aim)" if aimed else "–",
+                min(shares) >= 0.5 if aimed else None,
+                figure.low,
+                figure.high,
+                len(shares),
+                COMMAND,
+            )
+        )
+    return rows
+
+
+def packed_rows(config: Config, records: list[Record]) -> list[Result]:
+    """All questions of an image in one row, against one question at a time, the same anchor and numbers."""
+    local = load_config(config.run.dir / "config.yaml", ["anchors.0.placement=local", "evaluation.unseen=[]"])
+    generator = trained_generator(config)
+    shown = records[:_READ_IMAGES]
+    latents_BKD = torch.randn(len(shown), generator.n_latents, generator.model.width)
+    single = [
+        Record(record.record_id, record.source, record.image_path, (question,))
+        for record in shown
+        for question in record.questions
+    ]
+    repeated_BKD = latents_BKD.repeat_interleave(torch.tensor([len(r.questions) for r in shown]), dim=0)
+    with AnchorPool.start(local, generator.handshake(), anchors=local.anchors[:1]) as pool:
+        packed, plain = Reader(pool, shown, local), Reader(pool, single, local)
+        nll_N, plain_nll_N = packed.latents(latents_BKD)["A"].nll_N, plain.latents(repeated_BKD)["A"].nll_N
+        seconds = interleaved(
+            {"packed": lambda: packed.latents(latents_BKD), "single": lambda: plain.latents(repeated_BKD)}, 5
+        )
+    difference = float(abs(nll_N - plain_nll_N).max())
+    name = "evaluation reading, packed against one question at a time"
+    return [
+        result(name, ratios(seconds["single"], seconds["packed"]), "× faster", COMMAND, at_least=3.0),
+        result(
+            f"{name}: largest difference of NLL", [float(abs(nll_N - plain_nll_N).max())], "nats", COMMAND, at_most=1e-3
+        ),
+    ]
+
+
+def main() -> None:
+    """Evaluate the runs and record what came out."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="Comma-separated seeds of make seeds.")
+    seeds = [int(seed) for seed in parser.parse_args().seeds.split(",")]
+    for seed in seeds:
+        run(seed, "matched")
+        run(seed, "shuffled")
+    matched = [evaluate(RUNS / f"matched-{seed}", "--suite", "all", "--anchors", "A,B") for seed in seeds]
+    shuffled = [evaluate(RUNS / f"shuffled-{seed}", "--suite", "causal", "--anchors", "A")[0] for seed in seeds]
+    seconds = [duration for _, duration in matched]
+    config = load_config(RUNS / f"matched-{seeds[0]}" / "config.yaml")
+    record(
+        [
+            *verdict_rows("matched", "used", [evaluation for evaluation, _ in matched]),
+            *verdict_rows("shuffled", "inert", shuffled),
+            *transfer_rows([evaluation for evaluation, _ in matched]),
+            Result(
+                "evaluate --suite all, 500 images, anchors A and B",
+                statistics.mean(seconds),
+                f"s; mean and range of {len(seconds)} seeds",
+                "≤ 180 s",
+                max(seconds) <= 180,
+                min(seconds),
+                max(seconds),
+                len(seconds),
+                COMMAND,
+            ),
+            *packed_rows(config, load_records(config.data, config.data.test_split)),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
