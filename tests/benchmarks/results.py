@@ -15,6 +15,7 @@ import torch
 
 RESULTS_JSON = Path(__file__).parent / "results.json"
 RESULTS_MD = Path(__file__).parent / "RESULTS.md"
+TRIED_MD = Path(__file__).parent / "tried.md"
 GROWTH_PNG = Path(__file__).parent / "growth.png"
 _PACKAGES = ("torch", "transformers", "peft", "ray", "numpy")
 _PICTURES = {
@@ -97,7 +98,7 @@ def render(entries: list[dict[str, object]]) -> str:
         picture, words = _PICTURES.get(command, (None, ""))
         if picture is not None and picture.is_file():
             lines += [f"![{words}]({picture.name})", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, TRIED_MD.read_text(encoding="utf-8")])
 
 
 def _number(value: object) -> str:
