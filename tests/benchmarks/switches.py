@@ -141,7 +141,7 @@ def _score_with_all_logits(
     labels_BT[images_N, columns_N] = rows.targets_N
     nll_BT = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="none").view_as(labels_BT)
     best_N = logits_BTV.argmax(-1)[images_N, columns_N]
-    return AnswerScores(-nll_BT[images_N, columns_N], best_N == rows.targets_N, rows.counts)
+    return AnswerScores(-nll_BT[images_N, columns_N], best_N, best_N == rows.targets_N, rows.counts)
 
 
 def _plain_logprobs(
