@@ -167,10 +167,10 @@ def read_bounds(reader: Reader) -> dict[str, Outcomes]:
     return {"ceiling": reader.images(), "floor": reader.nothing()}
 
 
-def read_latents(reader: Reader, latents_BKD: Tensor, seed: int) -> dict[str, Outcomes]:
+def read_latents(reader: Reader, latents_BKD: Tensor, seed: int, n_swaps: int = N_SWAPS) -> dict[str, Outcomes]:
     """The latents of each image, and those of others."""
     # At random, not from the neighbour: data sets balance answers in order, so neighbours are not independent.
-    others = [torch.from_numpy(derangement(len(latents_BKD), seed + i)) for i in range(N_SWAPS)]
+    others = [torch.from_numpy(derangement(len(latents_BKD), seed + i)) for i in range(n_swaps)]
     swapped = mean_outcomes([reader.latents(latents_BKD[other]) for other in others])
     return {"latents": reader.latents(latents_BKD), "swapped": swapped}
 

@@ -93,7 +93,8 @@ def read_through_projectors(
             for name, fit in _FITS.items():
                 projected_BKF = fit(source_ND, target_NF)(latents_BKD.float().cpu())
                 tokens_BCE = regions.scatter(projected_BKF).to(DTYPES[reader.dtype])
-                outcomes = bounds | read_latents(split, tokens_BCE, config.train.seed)
+                # One swap: every projector reads the whole split again.
+                outcomes = bounds | read_latents(split, tokens_BCE, config.train.seed, n_swaps=1)
                 figures = summarise(of_anchor(outcomes, reader.name), split, config)
                 section[f"{name} on {source}"] = {**figures, "outside_span": outside}
     return section
