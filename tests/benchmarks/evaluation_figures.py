@@ -79,17 +79,18 @@ def transfer_rows(evaluations: Sequence[dict[str, Any]]) -> list[Result]:
     rows = []
     for projector in _PROJECTORS:
         shares = [evaluation["transfer"]["D"][projector]["recovered_share"]["value"] for evaluation in evaluations]
-        figure = over_seeds(shares)
+        # One seed has no interval; JSON knows no NaN.
+        figure = over_seeds(shares).to_json()
         aimed = projector == _PROJECTORS[0]
         rows.append(
             Result(
                 f"D (another family, width 80), projector {projector.replace('_', ' ')}: recovered share",
-                figure.value,
+                figure["value"],
                 f"share; mean and 95 % interval over {len(shares)} seeds",
                 "≥ 0.5 in each seed (aim)" if aimed else "–",
                 min(shares) >= 0.5 if aimed else None,
-                figure.low,
-                figure.high,
+                figure["low"],
+                figure["high"],
                 len(shares),
                 COMMAND,
             )
