@@ -103,7 +103,7 @@ class FrozenAnchor:
             if wants_gradient and latents_BKD is not None:
                 (latents_grad,) = torch.autograd.grad(self._objective(request, scores), latents_BKD)
         timings = ReadTimings(encoded - started, read - encoded, time.perf_counter() - read)
-        return self._reply(request.request_id, scores, latents_grad, timings)
+        return self._reply(request.request_id, scores, latents_grad, timings, request.with_answers)
 
     @torch.no_grad()
     def read_images(
@@ -177,7 +177,12 @@ class FrozenAnchor:
         return request.latents.detach().to(self.model.device, self.model.dtype)
 
     def _reply(
-        self, request_id: str, scores: AnswerScores, latents_grad: Tensor | None, timings: ReadTimings
+        self,
+        request_id: str,
+        scores: AnswerScores,
+        latents_grad: Tensor | None,
+        timings: ReadTimings,
+        with_answers: bool = False,
     ) -> ReadReply:
         return ReadReply(
             request_id=request_id,
@@ -185,7 +190,7 @@ class FrozenAnchor:
             incarnation=self._incarnation,
             logprobs=unpack(scores.logprobs_N.tolist(), scores.counts),
             matches=unpack(scores.matches_N.tolist(), scores.counts),
-            answers=self._answers(scores) if latents_grad is None else [],
+            answers=self._answers(scores) if with_answers else [],
             latents_grad=latents_grad,
             timings=timings,
         )

@@ -60,6 +60,7 @@ class ReadRequest:
     token_weights: only for `Gradient.VJP`: per image and question, one weight for each answer token.
     count_end_of_turn: whether the end-of-turn token after an answer counts in its NLL.
     image_markers: False takes the tokens around the image away as well; only without latents.
+    with_answers: whether the reply says in words what greedy decoding writes; off the path of training.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class ReadRequest:
     token_weights: Sequence[Sequence[Sequence[float]]] | None = None
     count_end_of_turn: bool = True
     image_markers: bool = True
+    with_answers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class ReadReply:
     matches: the same shape: whether greedy decoding, given the answer so far, takes exactly that token. An
         answer is an exact match where all of its tokens match; no decoding loop is needed to know it.
     answers: per image and question, what greedy decoding writes up to the first token that is not the answer's; empty
-        where a gradient was asked for.
+        unless the request asked.
     latents_grad: (B, K, D) or None, see `Gradient`.
     incarnation: how often the answering process has been started (0 for the first).
     """

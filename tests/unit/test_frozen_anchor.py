@@ -139,7 +139,7 @@ def test_matches_say_what_greedy_decoding_would_write(tiny_folder, questions):
     model.freeze()
 
     with torch.no_grad():
-        reply = make_anchor(model).read(ReadRequest("r", questions, latents_BKD))
+        reply = make_anchor(model).read(ReadRequest("r", questions, latents_BKD, with_answers=True))
         matches, outcomes, to_text = reply.matches, set(), model.processor.tokenizer.decode
         for b, row in enumerate(questions):
             for q, question in enumerate(row):

@@ -37,8 +37,6 @@ Item = TypeVar("Item")
 CONDITIONS = ("ceiling", "latents", "swapped", "floor")
 N_SWAPS = 4
 """Other images whose latents each question is answered from: with one, chance alone moves the mean by a point."""
-Advance = Callable[[int], None]
-"""Called with the number of images read since the last call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Outcome:
     """What one anchor made of N questions under one condition.
 
     hits_N: exact match, 0 or 1, or a mean over several readings. nll_N: −log p in nats per answer token.
-    first_token_nll_N: of the first answer token alone. answers: see `ReadReply`; of a mean none.
+    first_token_nll_N: of the first answer token alone. answers: see `ReadReply`; where asked for.
     """
 
     hits_N: np.ndarray
@@ -69,7 +67,7 @@ class Reader:
     images_N: the image of each question. kinds_N: its kind.
     """
 
-    def __init__(self, pool: AnchorPool, records: Sequence[Record], config: Config, advance: Advance = lambda _: None):
+    def __init__(self, pool: AnchorPool, records: Sequence[Record], config: Config):
         self.records = records
         self.images_N = np.repeat(np.arange(len(records)), [len(record.questions) for record in records])
         self.kinds_N = np.array([question.kind for record in records for question in record.questions])
@@ -77,11 +75,10 @@ class Reader:
         self._questions = [[question.message for question in record.questions] for record in records]
         self._batch_images = config.evaluation.batch_images
         self._count_end_of_turn = config.pool.count_end_of_turn
-        self._advance = advance
 
-    def latents(self, latents_BKD: Tensor) -> Outcomes:
+    def latents(self, latents_BKD: Tensor, with_answers: bool = False) -> Outcomes:
         """Latents in place of the image, as many as there are images; K may be smaller than in training."""
-        return self._read(lambda here: latents_BKD[here].contiguous())
+        return self._read(lambda here: latents_BKD[here].contiguous(), with_answers=with_answers)
 
     def nothing(self, image_markers: bool = True) -> Outcomes:
         """The question alone, with or without the tokens that stand around an image."""
@@ -96,13 +93,19 @@ class Reader:
 
         return self._gather(read)
 
-    def _read(self, latents_of_batch: Callable[[slice], Tensor | None], image_markers: bool = True) -> Outcomes:
+    def _read(
+        self,
+        latents_of_batch: Callable[[slice], Tensor | None],
+        image_markers: bool = True,
+        with_answers: bool = False,
+    ) -> Outcomes:
         def read(here: slice) -> dict[str, ReadReply]:
             request = ReadRequest(
                 self._pool.new_request_id(),
                 self._questions[here],
                 latents_of_batch(here),
                 image_markers=image_markers,
+                with_answers=with_answers,
             )
             return self._pool.read(dict.fromkeys(self._pool.names, request))
 
@@ -118,7 +121,6 @@ class Reader:
                     raise AnchorLostError(f"evaluation needs every anchor: {self._pool.lost[name]}")
                 rows[name] += _per_question(replies[name], self._count_end_of_turn)
                 answers[name] += [answer for row in replies[name].answers for answer in row]
-            self._advance(len(self.records[here]))
         columns = {name: np.array(values).T for name, values in rows.items()}
         return {name: Outcome(hits, nll, first, answers[name]) for name, (hits, nll, first) in columns.items()}
 
@@ -172,7 +174,7 @@ def read_latents(reader: Reader, latents_BKD: Tensor, seed: int, n_swaps: int = 
     # At random, not from the neighbour: data sets balance answers in order, so neighbours are not independent.
     others = [torch.from_numpy(derangement(len(latents_BKD), seed + i)) for i in range(n_swaps)]
     swapped = mean_outcomes([reader.latents(latents_BKD[other]) for other in others])
-    return {"latents": reader.latents(latents_BKD), "swapped": swapped}
+    return {"latents": reader.latents(latents_BKD, with_answers=True), "swapped": swapped}
 
 
 def mean_outcomes(readings: Sequence[Outcomes]) -> Outcomes:

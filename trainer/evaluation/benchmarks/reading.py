@@ -7,7 +7,7 @@ answer (several images, or no candidates) are left out and counted.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,10 @@ def read_benchmark(
     generator: Generator,
     pool: AnchorPool,
     batch_images: int,
-    advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Official figures by anchor and condition (`latents`, `ceiling`), with the records left out.
 
-    Raises DataError where no record can be answered by likelihood. `advance` gets the number of records done.
+    Raises DataError where no record can be answered by likelihood.
     """
     records = load_benchmark(name, folder)
     usable = [record for record in records if len(record.images) == 1 and record.candidates]
@@ -50,7 +49,6 @@ def read_benchmark(
         for condition, by_anchor in replies.items():
             for anchor, reply in by_anchor.items():
                 predictions[anchor][condition] |= _answers(chunk, reply)
-        advance(len(chunk))
     figures = {
         anchor: {condition: score(name, usable, answers) for condition, answers in by_condition.items()}
         for anchor, by_condition in predictions.items()
