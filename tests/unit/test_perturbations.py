@@ -43,13 +43,6 @@ def test_blank_is_one_grey(image):
     assert p.blank(image).getcolors() == [(80 * 120, (128, 128, 128))]
 
 
-def test_a_substitute_has_the_size_of_the_image_and_the_colours_of_the_other(image):
-    other = Image.new("RGB", (7, 300), (10, 200, 30))
-    substituted = p.substitute(image, other)
-    assert substituted.size == image.size
-    assert substituted.getcolors() == [(80 * 120, (10, 200, 30))]
-
-
 def test_shuffled_pixels_keep_every_colour_and_hardly_any_place(image):
     shuffled = p.shuffle_pixels(image, 0)
     assert sorted(shuffled.get_flattened_data()) == sorted(image.get_flattened_data())

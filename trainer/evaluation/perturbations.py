@@ -22,8 +22,7 @@ GREY = (128, 128, 128)
 def perturbations(seed: Seed) -> dict[str, Callable[[Image.Image], Image.Image]]:
     """Those of one picture, by name with the strength: percent of the area, levels, pixels, quality.
 
-    Substitutes are not among them, since they need a second picture: `trainer.data.sampling.derangement` chooses any
-    other, `mismatched` one with another answer.
+    Another picture is not among them: its latents are those of the other record, which `mismatched` chooses.
     """
     return {
         "blank": blank,
@@ -38,11 +37,6 @@ def perturbations(seed: Seed) -> dict[str, Callable[[Image.Image], Image.Image]]
 def blank(image: Image.Image) -> Image.Image:
     """A grey picture. Keeps the size alone."""
     return Image.new("RGB", image.size, GREY)
-
-
-def substitute(image: Image.Image, other: Image.Image) -> Image.Image:
-    """Another picture, resized to this one's size. Keeps the size, and that it is a natural picture."""
-    return other.resize(image.size, Image.Resampling.BICUBIC)
 
 
 def shuffle_pixels(image: Image.Image, seed: Seed) -> Image.Image:
