@@ -66,12 +66,12 @@ class AnchorActor:
         return pack_reply(self._anchor.read(request), self._process_token)
 
     def read_images(
-        self, request_id: str, images: Sequence[bytes], questions: Sequence[Sequence[Question]]
+        self, request_id: str, images: Sequence[Sequence[bytes]], questions: Sequence[Sequence[Question]]
     ) -> WireReply:
         """See `FrozenAnchor.read_images`; evaluation only."""
         return pack_reply(self._anchor.read_images(request_id, images, questions), self._process_token)
 
-    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int]) -> np.ndarray:
+    def embed_images(self, images: Sequence[Sequence[bytes]], grid: tuple[int, int]) -> np.ndarray:
         """See `FrozenAnchor.embed_images`; evaluation only."""
         return self._anchor.embed_images(images, grid).numpy()
 

@@ -1,6 +1,6 @@
 """A frozen model that reads latents in place of an image. No Ray here: the actor wraps this class.
 
-Legend: B images, Q questions per image, K latents, D width, N answer tokens.
+Legend: B images (or records, of several images), Q questions per image, K latents, D width, N answer tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shared.messages import (
     ReadRequest,
     ReadTimings,
 )
-from shared.packing import Media, PackedRows, latent_media, unpack
+from shared.packing import PackedRows, latent_media, unpack
 from shared.reading import (
     AnswerScores,
     mean_answer_weights,
@@ -35,7 +35,7 @@ from shared.reading import (
     pack_questions_without_image,
     score_answers,
 )
-from shared.vlm import CachedPrefix, VisionLanguageModel, load_vlm, pooled_image_tokens
+from shared.vlm import CachedPrefix, ImageTokens, VisionLanguageModel, load_vlm, pooled_image_tokens
 
 AdapterOff = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -107,28 +107,32 @@ class FrozenAnchor:
 
     @torch.no_grad()
     def read_images(
-        self, request_id: str, images: Sequence[bytes], questions: Sequence[Sequence[Question]]
+        self, request_id: str, images: Sequence[Sequence[bytes]], questions: Sequence[Sequence[Question]]
     ) -> ReadReply:
-        """The same questions with the real images (encoded files) instead of latents: the ceiling."""
+        """The same questions with each record's real images (encoded files) instead of latents: the ceiling."""
         with self._adapter_off(), self._memory_limit_named(questions):
-            tokens = self.model.image_tokens([decode_image(data) for data in images])
+            tokens = self._image_tokens(images)
             rows = pack_questions(self.model, tokens.media, questions, cache_prefix=True)
             scores = score_answers(self.model, rows, torch.cat(tokens.tokens), tokens.deepstack, self._prefix)
         return self._reply(request_id, scores, None, ReadTimings())
 
     @torch.no_grad()
-    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int]) -> Tensor:
-        """(B, C, D) float32 visual tokens of images (encoded files), pooled into a grid of C = rows × columns."""
+    def embed_images(self, images: Sequence[Sequence[bytes]], grid: tuple[int, int]) -> Tensor:
+        """(B, C, D) float32 visual tokens of each record's images, pooled into a grid of C = rows × columns."""
         with self._adapter_off():
-            return pooled_image_tokens(self.model.image_tokens([decode_image(data) for data in images]), grid).cpu()
+            return pooled_image_tokens(self._image_tokens(images), grid).cpu()
+
+    def _image_tokens(self, images: Sequence[Sequence[bytes]]) -> ImageTokens:
+        tokens = self.model.image_tokens([decode_image(data) for row in images for data in row])
+        return tokens.in_rows([len(row) for row in images])
 
     def _packed(self, request: ReadRequest, latents_BKD: Tensor | None) -> tuple[PackedRows, CachedPrefix | None]:
         if not request.image_markers:
             return pack_questions_without_image(self.model, request.questions), None
         # Fewer latents than K take the first of their places.
-        media = Media(0) if latents_BKD is None else replace(self._media, length=latents_BKD.shape[1])
-        media_B = [media] * len(request.questions)
-        return pack_questions(self.model, media_B, request.questions, cache_prefix=True), self._prefix
+        media = [] if latents_BKD is None else [replace(self._media, length=latents_BKD.shape[1])]
+        rows = pack_questions(self.model, [media] * len(request.questions), request.questions, cache_prefix=True)
+        return rows, self._prefix
 
     @contextlib.contextmanager
     def _memory_limit_named(self, questions: Sequence[Sequence[Question]]) -> Iterator[None]:

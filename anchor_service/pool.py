@@ -52,10 +52,10 @@ class AnchorHandle(Protocol):
     def submit(self, request: ReadRequest, shared_latents: dict[int, Any]) -> PendingReply:
         """Send a read. `shared_latents` keeps what was put into the object store for this step."""
 
-    def submit_images(self, images: Sequence[bytes], questions: Sequence[Sequence[Question]]) -> PendingReply:
+    def submit_images(self, images: Sequence[Sequence[bytes]], questions: Sequence[Sequence[Question]]) -> PendingReply:
         """Send a read of real images."""
 
-    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int], deadline: float) -> Tensor:
+    def embed_images(self, images: Sequence[Sequence[bytes]], grid: tuple[int, int], deadline: float) -> Tensor:
         """See `FrozenAnchor.embed_images`."""
 
     def facts(self, deadline: float) -> list[Any]:
@@ -162,15 +162,15 @@ class AnchorPool:
         return replies
 
     def read_images(
-        self, images: Sequence[bytes], questions: Sequence[Sequence[Question]], names: Sequence[str]
+        self, images: Sequence[Sequence[bytes]], questions: Sequence[Sequence[Question]], names: Sequence[str]
     ) -> dict[str, ReadReply]:
-        """The ceiling: the same questions with the real images (encoded files)."""
+        """The ceiling: the same questions with each record's real images (encoded files)."""
         deadline = time.monotonic() + self._config.deadline_s
         pending = {name: self._handles[name].submit_images(images, questions) for name in names}
         return self._gather(pending, deadline)
 
-    def embed_images(self, name: str, images: Sequence[bytes], grid: tuple[int, int]) -> Tensor:
-        """(B, C, D) an anchor's own visual tokens of images (encoded files), pooled into a grid."""
+    def embed_images(self, name: str, images: Sequence[Sequence[bytes]], grid: tuple[int, int]) -> Tensor:
+        """(B, C, D) an anchor's own visual tokens of each record's images, pooled into a grid."""
         return self._handles[name].embed_images(images, grid, time.monotonic() + self._config.deadline_s)
 
     def facts(self) -> dict[str, list[Any]]:
@@ -253,10 +253,10 @@ class LocalHandle:
     def submit(self, request: ReadRequest, shared_latents: dict[int, Any]) -> PendingReply:
         return _LocalCall(lambda: self._started().read(request))
 
-    def submit_images(self, images: Sequence[bytes], questions: Sequence[Sequence[Question]]) -> PendingReply:
+    def submit_images(self, images: Sequence[Sequence[bytes]], questions: Sequence[Sequence[Question]]) -> PendingReply:
         return _LocalCall(lambda: self._started().read_images("images", images, questions))
 
-    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int], deadline: float) -> Tensor:
+    def embed_images(self, images: Sequence[Sequence[bytes]], grid: tuple[int, int], deadline: float) -> Tensor:
         return self._started().embed_images(images, grid)
 
     def facts(self, deadline: float) -> list[Any]:

@@ -106,14 +106,14 @@ class RayHandle:
             parts.append(self._send("read", arguments, self._replica_after(i)))
         return _RayCall(self, request.request_id, parts)
 
-    def submit_images(self, images: Sequence[bytes], questions: Sequence[Sequence[Question]]) -> _RayCall:
+    def submit_images(self, images: Sequence[Sequence[bytes]], questions: Sequence[Sequence[Question]]) -> _RayCall:
         parts = []
         for i, (start, stop) in enumerate(self._shares(len(images))):
             arguments = (f"images/{i}", list(images[start:stop]), list(questions[start:stop]))
             parts.append(self._send("read_images", arguments, self._replica_after(i)))
         return _RayCall(self, "images", parts)
 
-    def embed_images(self, images: Sequence[bytes], grid: tuple[int, int], deadline: float) -> Tensor:
+    def embed_images(self, images: Sequence[Sequence[bytes]], grid: tuple[int, int], deadline: float) -> Tensor:
         array = self._answer(self._send("embed_images", (list(images), grid), 0), deadline, "pool.deadline_s")
         return to_tensor(array, "float32")
 

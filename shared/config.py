@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,6 +25,9 @@ class Section(BaseModel):
     """Base of all sections: no unknown keys, no changes after construction."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 class RunConfig(Section):
@@ -203,10 +206,13 @@ class LoggingConfig(Section):
 class Config(Section):
     """Everything a run needs."""
 
-    method: Literal["anchored"] = "anchored"
+    method: str = Field("anchored", description="One of `METHODS` in trainer/methods.")
+    options: dict[str, Any] = Field(
+        {}, description="The method's own fields; its class in trainer/methods checks them."
+    )
     run: RunConfig
     generator: GeneratorConfig
-    anchors: tuple[AnchorConfig, ...] = Field(min_length=1)
+    anchors: tuple[AnchorConfig, ...] = ()
     pool: PoolConfig = PoolConfig()
     data: DataConfig
     loss: LossConfig = LossConfig()
@@ -266,6 +272,14 @@ def parse_config(tree: Any, source: str) -> Config:
         # A wrong entry makes pydantic call the list around it too short as well, which would mislead.
         wrong = [item for item in items if not any(_lies_within(other["loc"], item["loc"]) for other in items)]
         raise ConfigError("\n".join(_explain(source, item) for item in wrong)) from error
+
+
+def parse_section(section: type[SectionType], tree: Any, source: str) -> SectionType:
+    """Validate one section of plain values. Raises ConfigError naming field, value and fix."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(source, item) for item in error.errors())) from error
 
 
 def dump_config(config: Config) -> str:

@@ -1,17 +1,18 @@
-"""Shared-prefix packing: one row per image, with every question as a branch behind one prefix.
+"""Shared-prefix packing: one row per record, with every question as a branch behind one prefix.
 
 A row is laid out as
 
     prefix | media | branch 1 | branch 2 | … | padding
 
-where media are the image's embeddings (latents or real image tokens). A branch sees the prefix, the media and
-itself, never another branch, and its positions continue after the media as if it stood alone. So Q questions
-cost one prefix instead of Q, and every number equals that of Q separate rows up to rounding. A prefix whose keys
-and values are known already (`shared.vlm.prefix`) takes no columns at all: positions and mask count it, no more.
+where media are the embeddings of the record's images (latents or real image tokens), one image after the other with
+the template's own tokens between two of them. A branch sees the prefix, the media and itself, never another branch,
+and its positions continue after the media as if it stood alone. So Q questions cost one prefix instead of Q, and every
+number equals that of Q separate rows up to rounding. A prefix whose keys and values are known already
+(`shared.vlm.prefix`) takes no columns at all: positions and mask count it, no more.
 
 Pure tensor code: knows neither models nor tokenizers.
 
-Legend: B images, T row length, S keys of a row (T and a cached prefix), N answer tokens of all rows together.
+Legend: B rows, T row length, S keys of a row (T and a cached prefix), N answer tokens of all rows together.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ class PackedRows:
     """B packed rows of T columns, ready for a decoder.
 
     token_ids_BT: ids to embed; 0 at media columns and padding.
-    segments_BT: PADDING, PREFIX (prefix and media), or 1 … Q for the branches.
+    segments_BT: PADDING, PREFIX (prefix, media and what stands between them), or 1 … Q for the branches.
     positions_3BT: temporal, height and width positions; equal for everything but media on a grid.
     media_BT: True at the columns that media embeddings fill, row by row, in order.
     predict_N2: (row, column) whose hidden state predicts answer token n.
-    targets_N: the answer tokens, ordered by image, question, token.
-    counts: answer tokens per image and question, to cut N back into lists.
+    targets_N: the answer tokens, ordered by row, question, token.
+    counts: answer tokens per row and question, to cut N back into lists.
     n_cached: prefix tokens before the first column, whose keys and values the decoder is given.
     """
 
@@ -107,17 +108,23 @@ def latent_media(n_latents: int, on_grid: bool) -> Media:
 
 
 def pack_rows(
-    prefix_ids: Sequence[int], media: Sequence[Media], branches: Sequence[Sequence[Branch]], cache_prefix: bool = False
+    prefix_ids: Sequence[int],
+    media: Sequence[Sequence[Media]],
+    branches: Sequence[Sequence[Branch]],
+    between_ids: Sequence[int] = (),
+    cache_prefix: bool = False,
 ) -> PackedRows:
-    """Lay out one row per image. `media` and `branches` have one entry per image; lengths may differ.
+    """Lay out the rows. `media` (a row's images, perhaps none) and `branches` have one entry per row.
 
-    cache_prefix: leave the prefix out of the rows, because the decoder is given its keys and values.
+    between_ids: tokens between two images of a row. cache_prefix: leave the prefix out of the rows, because the decoder
+    is given its keys and values.
     """
     n_cached = len(prefix_ids) if cache_prefix else 0
     prefix_ids = prefix_ids[n_cached:]
     if len(media) != len(branches):
-        raise ValueError(f"{len(media)} images but {len(branches)} lists of questions")
-    n_prefix, n_media = len(prefix_ids), max((m.length for m in media), default=0)
+        raise ValueError(f"{len(media)} rows of images but {len(branches)} lists of questions")
+    preludes = [_prelude(row, between_ids) for row in media]
+    n_prefix, n_media = len(prefix_ids), max((len(prelude.token_ids) for prelude in preludes), default=0)
     n_before_media = n_cached + n_prefix
     # The last token of a branch is only ever a target, so it takes no column.
     row_lengths = [n_prefix + n_media + sum(len(b.token_ids) - 1 for b in row) for row in branches]
@@ -132,19 +139,20 @@ def pack_rows(
     token_ids[:, :n_prefix] = prefix_ids
     segments[:, :n_prefix] = PREFIX
     positions[:, :, :n_prefix] = np.arange(n_prefix)
-    for r, (medium, row) in enumerate(zip(media, branches, strict=True)):
-        media_columns = slice(n_prefix, n_prefix + medium.length)
-        segments[r, media_columns] = PREFIX
-        is_media[r, media_columns] = True
-        positions[:, r, media_columns] = n_before_media + _media_positions(medium)
+    for r, (prelude, row) in enumerate(zip(preludes, branches, strict=True)):
+        columns = slice(n_prefix, n_prefix + len(prelude.token_ids))
+        token_ids[r, columns] = prelude.token_ids
+        segments[r, columns] = PREFIX
+        is_media[r, columns] = prelude.is_media
+        positions[:, r, columns] = n_before_media + prelude.positions
         column = n_prefix + n_media
         for q, branch in enumerate(row, start=1):
             n = len(branch.token_ids) - 1
             token_ids[r, column : column + n] = branch.token_ids[:-1]
             segments[r, column : column + n] = q
-            positions[:, r, column : column + n] = n_before_media + medium.extent + np.arange(n)
-            columns = column + np.arange(branch.answer_start - 1, n)
-            predict.append(np.stack([np.full_like(columns, r), columns], axis=1))
+            positions[:, r, column : column + n] = n_before_media + prelude.extent + np.arange(n)
+            predicting = column + np.arange(branch.answer_start - 1, n)
+            predict.append(np.stack([np.full_like(predicting, r), predicting], axis=1))
             targets.extend(branch.token_ids[branch.answer_start :])
             column += n
     return PackedRows(
@@ -157,6 +165,37 @@ def pack_rows(
         counts=[[branch.n_answer for branch in row] for row in branches],
         n_cached=n_cached,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Prelude:
+    """What stands between prefix and branches: token ids (0 at media), which of them are media, (3, length) positions.
+
+    extent: how far all of it advances the position counter.
+    """
+
+    token_ids: np.ndarray
+    is_media: np.ndarray
+    positions: np.ndarray
+    extent: int
+
+
+def _prelude(media: Sequence[Media], between_ids: Sequence[int]) -> _Prelude:
+    ids, is_media, positions = [], [], []
+    extent, n_between = 0, len(between_ids)
+    for i, medium in enumerate(media):
+        if i > 0:
+            ids.append(np.asarray(between_ids, dtype=np.int64))
+            is_media.append(np.zeros(n_between, dtype=bool))
+            positions.append(np.broadcast_to(extent + np.arange(n_between), (3, n_between)))
+            extent += n_between
+        ids.append(np.zeros(medium.length, dtype=np.int64))
+        is_media.append(np.ones(medium.length, dtype=bool))
+        positions.append(extent + _media_positions(medium))
+        extent += medium.extent
+    if not ids:
+        return _Prelude(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool), np.zeros((3, 0), dtype=np.int64), 0)
+    return _Prelude(np.concatenate(ids), np.concatenate(is_media), np.concatenate(positions, axis=1), extent)
 
 
 def _media_positions(medium: Media) -> np.ndarray:

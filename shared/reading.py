@@ -1,6 +1,6 @@
 """Score answers: the one forward pass that anchors, ceilings, floors and the toy builder share.
 
-Legend: B images, Q questions per image, I media embeddings of all rows together, D width, N answer tokens.
+Legend: B rows, Q questions per row, I media embeddings of all rows together, D width, N answer tokens.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ class AnswerScores:
 
 def pack_questions(
     model: VisionLanguageModel,
-    media: Sequence[Media],
+    media: Sequence[Sequence[Media]],
     questions: Sequence[Sequence[Question]],
     cache_prefix: bool = False,
 ) -> PackedRows:
-    """Packed rows of `questions` behind `media`, on the model's device; see `pack_rows` for cache_prefix."""
-    rows = pack_rows(model.prompt.prefix_ids, media, model.prompt.branches(questions), cache_prefix)
+    """Packed rows of `questions` behind each row's `media`, on the model's device; see `pack_rows` for cache_prefix."""
+    prompt = model.prompt
+    rows = pack_rows(prompt.prefix_ids, media, prompt.branches(questions), prompt.between_images_ids, cache_prefix)
     return rows.to(model.device)
 
 
 def pack_questions_without_image(model: VisionLanguageModel, questions: Sequence[Sequence[Question]]) -> PackedRows:
     """Packed rows of a conversation that never had an image: no media, and none of the markers around them."""
     prompt = model.prompt_without_image
-    rows = pack_rows(prompt.prefix_ids, [Media(0)] * len(questions), prompt.branches(questions))
+    rows = pack_rows(prompt.prefix_ids, [[]] * len(questions), prompt.branches(questions))
     return rows.to(model.device)
 
 

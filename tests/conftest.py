@@ -1,4 +1,4 @@
-"""Fixtures of all tests: tiny models made once per session, pictures, questions."""
+"""Fixtures of all tests: tiny models and a small toy data set, made once per session, pictures, questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from shared.messages import Question
 from shared.vlm import VisionLanguageModel, load_vlm
+from tests.integration.helpers import TOY_SIZES
 from tests.tiny_models import build_tiny
+from trainer.toy.dataset import ensure_toy_data
+from trainer.toy.tiny_vlms import new_model, save_folder
 
 TinyFolder = Callable[..., str]
 TinyModel = Callable[..., VisionLanguageModel]
@@ -74,3 +77,13 @@ def pictures() -> list[Image.Image]:
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
         for height, width in ((48, 48), (32, 64), (60, 36))
     ]
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models A and B of the toy world with random weights, and its data in a few images."""
+    root = tmp_path_factory.mktemp("toy")
+    for name, seed in (("A", 1), ("B", 2)):
+        save_folder(new_model("qwen2_5_vl", seed), root / name)
+    ensure_toy_data(root / "data", TOY_SIZES, seed=3)
+    return root

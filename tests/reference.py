@@ -25,12 +25,15 @@ class PlainPrompt:
     n_answer: int
 
 
-def plain_prompt(model: VisionLanguageModel, question: Question, n_image_tokens: int) -> PlainPrompt:
-    """The chat template applied to a real conversation, its image token repeated as the family's processor does."""
+def plain_prompt(model: VisionLanguageModel, question: Question, *n_image_tokens: int) -> PlainPrompt:
+    """The chat template applied to a real conversation, its image tokens repeated as the family's processor does."""
     tokenizer = model.processor.tokenizer
     turns = [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM_LINE}]},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
+        {
+            "role": "user",
+            "content": [*([{"type": "image"}] * len(n_image_tokens)), {"type": "text", "text": question.text}],
+        },
         {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
     ]
     text = tokenizer.apply_chat_template(turns, chat_template=model.processor.chat_template, tokenize=False)
@@ -38,10 +41,12 @@ def plain_prompt(model: VisionLanguageModel, question: Question, n_image_tokens:
         # Its template ends an answer with a space, where training put EOS.
         text = text.rstrip() + tokenizer.eos_token
     image = tokenizer.convert_ids_to_tokens(model.image_token_id)
-    assert text.count(image) == 1
+    first, *others = text.split(image)
+    assert len(others) == len(n_image_tokens)
     around = "<fake_token_around_image>" if model.family.name == "idefics3" else ""
     tag = "<global-img>" if around else ""
-    text = text.replace(image, around + tag + image * n_image_tokens + around)
+    images = [around + tag + image * n + around for n in n_image_tokens]
+    text = first + "".join(shown + after for shown, after in zip(images, others, strict=True))
     writes_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     ids = tokenizer(text, add_special_tokens=not writes_bos)["input_ids"]
     n_answer = len(tokenizer(question.answer, add_special_tokens=False)["input_ids"]) + 1
@@ -94,9 +99,16 @@ def plain_greedy(model: VisionLanguageModel, latents_KD: Tensor, question: Quest
 
 
 def plain_read_image(model: VisionLanguageModel, image: Any, n_image_tokens: int, question: Question) -> Tensor:
-    """Log-probabilities of one answer about a real picture, all through the Hugging Face model's own forward."""
-    prompt = plain_prompt(model, question, n_image_tokens)
-    images = [[image]] if model.family.name == "idefics3" else [image]
+    """`plain_read_images` of a single picture."""
+    return plain_read_images(model, [image], [n_image_tokens], question)
+
+
+def plain_read_images(
+    model: VisionLanguageModel, images: Sequence[Any], n_image_tokens: Sequence[int], question: Question
+) -> Tensor:
+    """Log-probabilities of one answer about real pictures, all through the Hugging Face model's own forward."""
+    prompt = plain_prompt(model, question, *n_image_tokens)
+    images = [images] if model.family.name == "idefics3" else images
     inputs = dict(model.processor.image_processor(images=images, return_tensors="pt"))
     if model.family.uses_mrope:
         inputs["mm_token_type_ids"] = (prompt.input_ids == model.image_token_id).int()

@@ -154,7 +154,7 @@ def failure(record: Record) -> dict[str, Any]:
     question = record.questions[0]
     return {
         "record": record.record_id,
-        "image": str(record.image_path),
+        "images": [str(image) for image in record.images],
         "question": question.text,
         "kind": question.kind,
         "gold": question.answer,

@@ -48,13 +48,16 @@ def train(
     from trainer.data import prepare_data
     from trainer.evaluation.run import evaluate_run, run_config
     from trainer.loop import train_run
+    from trainer.methods import with_checked_method
 
     console = Console()
     if (config is None) == (resume is None):
         raise ConfigError("give either --config FILE for a new run or --resume RUN to go on with one")
     if resume is not None and set_:
         raise ConfigError("--resume uses the run's own config; --set would make it another run")
-    resolved = run_config(resume) if resume is not None else load_config(Path(str(config)), set_ or [])
+    resolved = with_checked_method(
+        run_config(resume) if resume is not None else load_config(Path(str(config)), set_ or [])
+    )
     console.print(dump_config(resolved), style="dim", highlight=False)
     prepare_data(resolved.data, console)
     anchors = resolved.all_anchors if evaluate_after else resolved.anchors

@@ -4,12 +4,14 @@ Its row holds no question, so the latents must serve every question about the im
 
     prompt before the image | image tokens | after the image, latent_start, K latent tokens
 
+(of a record with several images, all of them, with the template's own tokens between two).
+
 h is the last hidden state (after the final norm) at the K latent positions, from one parallel pass, times a
 constant that gives it the mean length of the anchors' own visual tokens before training starts: the final norm
 fixes the length of hidden states, and anchors read latents of another length much worse. Nothing after the latents
 is computed: attention is causal, so it could not change them. No logits are made.
 
-Legend: B images, T row length, K latents, D width, I image tokens of all images together.
+Legend: B records, T row length, K latents, D width, I image tokens of all images together.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, set_peft_model_state_dict
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -95,10 +96,11 @@ class Generator:
             return self.model.image_tokens_from(inputs)
 
     def emit(self, tokens: ImageTokens) -> Tensor:
-        """Latents (B, K, D) of images, in the dtype of the base weights; differentiable, in the tokens too."""
+        """Latents (B, K, D) of each row's images, in the dtype of the base weights; differentiable, in tokens too."""
         start = self.token_ids[0]
-        row = Branch((*self.model.prompt.after_image_ids, *self.token_ids), len(self.model.prompt.after_image_ids) + 2)
-        rows = pack_rows(self.model.prompt.prefix_ids, tokens.media, [[row]] * len(tokens.tokens))
+        prompt, media = self.model.prompt, tokens.media
+        branch = Branch((*prompt.after_image_ids, *self.token_ids), len(prompt.after_image_ids) + 2)
+        rows = pack_rows(prompt.prefix_ids, media, [[branch]] * len(media), prompt.between_images_ids)
         rows = rows.to(self.model.device)
         is_new_BT = (rows.token_ids_BT >= start) & (rows.token_ids_BT < start + 1 + self.n_latents)
         # The new rows are put in here instead of by the wrapped embedding, which would copy the whole matrix.
@@ -120,11 +122,11 @@ class Generator:
         return (self.output_scale * latents_ND).unflatten(0, (-1, self.n_latents)).to(self.model.dtype)
 
     @torch.no_grad()
-    def calibrate_norm(self, images: Sequence[Image.Image], target_norm: float) -> None:
+    def calibrate_norm(self, tokens: ImageTokens, target_norm: float) -> None:
         """Set the output scale so that the mean ‖h_k‖ of these images is `target_norm`. Before training only."""
         self.train(False)
         self.output_scale = 1.0
-        latents_BKD = self.emit(self.image_tokens_from(self.model.image_inputs(images)))
+        latents_BKD = self.emit(tokens)
         self.output_scale = target_norm / float(latents_BKD.float().norm(dim=-1).mean())
 
     def handshake(self) -> Handshake:

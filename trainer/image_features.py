@@ -1,6 +1,6 @@
 """From records to image tokens in three steps, the first two of which run in the loader thread.
 
-    open       read the file; look its features up in the cache, or decode it
+    open       read a record's images; look their features up in the cache, or decode them
     prepare    the image processor, unless every image was in the cache
     tokens     the vision tower, unless every image was in the cache; what was not is written there
 
@@ -25,28 +25,29 @@ from trainer.generator import Generator
 
 
 @dataclass(frozen=True, slots=True)
-class OpenedImage:
-    """One image: its cached features, or what there is of it without."""
+class OpenedImages:
+    """One record's images, each as its cached features or decoded. encoded, keys: with a cache only."""
 
     record: Record
-    content: Image.Image | ImageTokens
-    image_bytes: bytes | None = None
-    key: str = ""
+    contents: Sequence[Image.Image | ImageTokens]
+    encoded: Sequence[bytes] = ()
+    keys: Sequence[str] = ()
 
-    def picture(self) -> Image.Image:
+    def pictures(self) -> list[Image.Image]:
         """Decoded, also where features were found."""
-        if isinstance(self.content, Image.Image):
-            return self.content
-        return self.record.load_image(self.image_bytes)
+        pictures = [content for content in self.contents if isinstance(content, Image.Image)]
+        return pictures if len(pictures) == len(self.contents) else self.record.load_images(self.encoded)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedImages:
     """A batch: its features, on the CPU, if all were cached, else the tower's inputs.
 
-    missing: places in the batch of what was not cached, by key. hit_share: share of images that were cached.
+    per_row: images of each record. missing: places among all images of what was not cached, by key. hit_share: share of
+    images that were cached.
     """
 
+    per_row: list[int]
     features: ImageTokens | None
     inputs: dict[str, Tensor] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
@@ -60,33 +61,43 @@ class ImageFeatures:
         self._generator = generator
         self._cache = None if config is None else FeatureCache(config, tower_revision(generator.model))
 
-    def open(self, record: Record) -> OpenedImage:
-        """Read one image. Raises DataError naming file and record."""
+    def open(self, record: Record) -> OpenedImages:
+        """Read one record's images. Raises DataError naming image and record."""
         if self._cache is None:
-            return OpenedImage(record, record.load_image())
-        image_bytes = record.image_bytes()
-        key = self._cache.key(image_bytes)
-        content = self._cache.read(key) or record.load_image(image_bytes)
-        return OpenedImage(record, content, image_bytes, key)
+            return OpenedImages(record, record.load_images())
+        encoded = record.image_bytes()
+        keys = [self._cache.key(data) for data in encoded]
+        found = [self._cache.read(key) for key in keys]
+        if None not in found:
+            return OpenedImages(record, [features for features in found if features is not None], encoded, keys)
+        decoded = record.load_images(encoded)
+        return OpenedImages(record, [f or d for f, d in zip(found, decoded, strict=True)], encoded, keys)
 
-    def prepare(self, images: Sequence[OpenedImage]) -> PreparedImages:
+    def prepare(self, records: Sequence[OpenedImages]) -> PreparedImages:
         """What `tokens` needs of a batch. Thread-safe."""
-        cached = [image.content for image in images if isinstance(image.content, ImageTokens)]
-        if len(cached) == len(images):
-            return PreparedImages(join_images(cached))
-        inputs = self._generator.model.image_inputs([image.picture() for image in images])
-        missing = {image.key: b for b, image in enumerate(images) if isinstance(image.content, Image.Image)}
-        return PreparedImages(None, inputs, missing, len(cached) / len(images))
+        per_row = [len(record.contents) for record in records]
+        contents = [content for record in records for content in record.contents]
+        cached = [content for content in contents if isinstance(content, ImageTokens)]
+        if len(cached) == len(contents):
+            return PreparedImages(per_row, join_images(cached))
+        inputs = self._generator.model.image_inputs([picture for record in records for picture in record.pictures()])
+        keys = [key for record in records for key in record.keys]
+        missing = {key: i for i, key in enumerate(keys) if isinstance(contents[i], Image.Image)}
+        return PreparedImages(per_row, None, inputs, missing, len(cached) / len(contents))
 
     def tokens(self, images: PreparedImages) -> ImageTokens:
         """Visual tokens of a batch, on the generator's device, without a graph."""
         if images.features is not None:
-            return to_device(images.features, self._generator.model.device)
+            return to_device(images.features, self._generator.model.device).in_rows(images.per_row)
         tokens = self._generator.image_tokens_from(images.inputs)
         if self._cache is not None:
             single = split_images(tokens)
-            self._cache.write({key: single[b] for key, b in images.missing.items()})
-        return tokens
+            self._cache.write({key: single[i] for key, i in images.missing.items()})
+        return tokens.in_rows(images.per_row)
+
+    def of_records(self, records: Sequence[Record]) -> ImageTokens:
+        """All three steps at once."""
+        return self.tokens(self.prepare([self.open(record) for record in records]))
 
     def metrics(self, parts: Sequence[PreparedImages]) -> dict[str, float]:
         """Share of a step's images that were in the cache; nothing without a cache."""

@@ -21,19 +21,15 @@ import torch
 from anchor_service.pool import AnchorPool
 from shared.config import Config, dump_config
 from shared.errors import ConfigError, DataError, NonFiniteError, NonFiniteReplyError
-from shared.messages import Gradient
 from shared.vlm import load_prompt
-from trainer.bridge import AnchorBridge, AnchorDroppedError
+from trainer.bridge import AnchorDroppedError
 from trainer.checkpoint import CheckpointStore, load_trainer_state
 from trainer.data import ErrorPolicy, load_records, training_records
 from trainer.data.records import KindQuestion, Record
 from trainer.data.sampling import Batch, Sampler, without_kinds
-from trainer.evaluation.reading import mean_nll
 from trainer.generator import Generator
-from trainer.image_features import ImageFeatures, OpenedImage, PreparedImages
-from trainer.losses import lr_share
+from trainer.image_features import ImageFeatures, OpenedImages, PreparedImages
 from trainer.methods import METHODS
-from trainer.methods.anchored import Emitted
 from trainer.metrics import MetricsWriter
 from trainer.microbatches import Microbatches
 from trainer.model_card import model_card
@@ -61,8 +57,7 @@ class Trainer:
         self.generator = generator
         self.pool = pool
         self._sampler = sampler
-        bridge = AnchorBridge(pool, Gradient(config.pool.mode), config.pool.count_end_of_turn)
-        self.method = METHODS[config.method](config, generator, bridge, mean_image_norm(pool))
+        self.method = METHODS[config.method](config, generator, pool)
         t = config.train
         groups = [
             {"params": [*generator.lora_parameters, *self.method.extra_modules.parameters()], "lr": t.lr_lora},
@@ -81,9 +76,7 @@ class Trainer:
         started = time.perf_counter()
         parts = self._prepared(step)
         waited = time.perf_counter() - started
-        share = lr_share(
-            step, self.config.train.steps, self.config.train.warmup_steps, self.config.train.final_lr_share
-        )
+        share = self.method.lr_share(step)
         for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base_lr * share
 
@@ -127,7 +120,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         readers: set[str] = set()
-        for part, emitted in self._emitted(parts):
+        for part, emitted in self._emitted(parts, step):
             try:
                 loss = self.method.loss(emitted, step)
                 if not torch.isfinite(loss.total):
@@ -147,7 +140,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value / len(parts)
         return sums
 
-    def _emitted(self, parts: list[Prepared]) -> Iterator[tuple[Prepared, Emitted]]:
+    def _emitted(self, parts: list[Prepared], step: int) -> Iterator[tuple[Prepared, Any]]:
         """Each microbatch with its reads under way.
 
         Beside remote anchors the generator works one microbatch ahead of them: it writes the next one's latents
@@ -155,10 +148,10 @@ class Trainer:
         passes keep their order among themselves, so every number is that of one microbatch after the other.
         """
         ahead = 1 if self.pool.has_remote else 0
-        waiting: deque[tuple[Prepared, Emitted]] = deque()
+        waiting: deque[tuple[Prepared, Any]] = deque()
         for part in parts:
             tokens = self.features.tokens(part.images)
-            waiting.append((part, self.method.emit(part.batch, tokens)))
+            waiting.append((part, self.method.emit(part.batch, tokens, step)))
             if len(waiting) > ahead:
                 yield waiting.popleft()
         yield from waiting
@@ -187,7 +180,7 @@ class Trainer:
 
     def _with_images(
         self, records: list[Record], questions: list[list[KindQuestion]]
-    ) -> tuple[Batch, list[OpenedImage]]:
+    ) -> tuple[Batch, list[OpenedImages]]:
         """The records whose images can be read, with them; the others go the way of `data.on_error`."""
         kept, images = Batch([], []), []
         for record, asked in zip(records, questions, strict=True):
@@ -249,26 +242,20 @@ def train_run(config: Config, resume: bool) -> bool:
 
     with _stop_signal() as stop:
         generator = Generator(config.generator, config.train.seed)
-        probe = [record.image_path.read_bytes() for record in records[:_PROBE_IMAGES]]
+        probe = [data for record in records[:_PROBE_IMAGES] for data in record.image_bytes()][:_PROBE_IMAGES]
         shared_base = (generator.model, generator.adapter_off)
         with (
             AnchorPool.start(config, generator.handshake(), shared_base, probe_images=probe) as pool,
             contextlib.closing(Trainer(config, generator, pool, sampler)) as trainer,
         ):
             first_step = _restore(trainer, store) if resume else 0
-            if first_step == 0 and config.generator.calibrate_norm:
-                generator.calibrate_norm([r.load_image() for r in records[:_PROBE_IMAGES]], mean_image_norm(pool))
+            if first_step == 0:
+                trainer.method.prepare(trainer.features, records[:_PROBE_IMAGES])
             with (
                 contextlib.closing(MetricsWriter(run_dir, config, first_step)) as metrics,
                 TrainProgress(config, first_step) as progress,
             ):
                 return _run_steps(trainer, store, metrics, progress, stop, first_step, validation)
-
-
-def mean_image_norm(pool: AnchorPool) -> float:
-    """μ of the norm loss: the mean L2 norm of visual tokens, over the anchors."""
-    norms = [h.image_norm for h in pool.handshakes.values() if h.image_norm is not None]
-    return sum(norms) / len(norms)
 
 
 def _run_steps(
@@ -289,7 +276,8 @@ def _run_steps(
         values = trainer.step(step)
         done, last = step + 1, step + 1 == t.steps
         if last or (t.validate_every and done % t.validate_every == 0):
-            values["validation_nll"] = _validate(trainer, validation)
+            trainer.generator.train(False)
+            values["validation_nll"] = trainer.method.validation_nll(trainer.features, validation[: t.validate_images])
         metrics.write(step, values)
         progress.update(done, values)
         for name, reason in trainer.pool.lost.items():
@@ -303,15 +291,6 @@ def _save(trainer: Trainer, store: CheckpointStore, done: int, values: dict[str,
     card = model_card(trainer.config, done, values)
     yaml_text = dump_config(trainer.config)
     return store.save(done, trainer.generator, trainer.state(done), yaml_text, card, values.get("validation_nll"))
-
-
-def _validate(trainer: Trainer, validation: list[Record]) -> float:
-    """Mean NLL over anchors, weighted as in training, on the first images of the validation split."""
-    trainer.generator.train(False)
-    chosen = validation[: trainer.config.train.validate_images]
-    nll = mean_nll(trainer.generator, trainer.features, trainer.pool, chosen, trainer.config)
-    weights = trainer.pool.weights()
-    return sum(weights[name] * value for name, value in nll.items())
 
 
 def _restore(trainer: Trainer, store: CheckpointStore) -> int:

@@ -8,9 +8,10 @@ Legend: B images, T row length, S keys of a row, D width, V vocabulary, I image 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,30 @@ class ImageTokens:
 
     tokens: per image (I_b, D). grids: per image (rows, columns), None where the family has no grid.
     deepstack: per injected layer the features of all images together (ΣI_b, D); empty for most families.
+    per_row: how many of the images, in order, belong to each row; None: every image is a row of its own.
     """
 
     tokens: list[Tensor]
     grids: list[tuple[int, int] | None]
     deepstack: list[Tensor] = field(default_factory=list)
+    per_row: Sequence[int] | None = None
+
+    def in_rows(self, per_row: Sequence[int]) -> ImageTokens:
+        """The same images, `per_row[b]` of them in row b."""
+        assert sum(per_row) == len(self.tokens), "every image belongs to one row"
+        return replace(self, per_row=per_row)
 
     @property
-    def media(self) -> list[Media]:
+    def rows(self) -> list[slice]:
+        """Each row's images, as a slice of `tokens` and `grids`."""
+        stops = list(itertools.accumulate(self.per_row or [1] * len(self.tokens)))
+        return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+    @property
+    def media(self) -> list[list[Media]]:
         """Where these tokens go in packed rows."""
-        return [Media(len(t), grid) for t, grid in zip(self.tokens, self.grids, strict=True)]
+        media = [Media(len(t), grid) for t, grid in zip(self.tokens, self.grids, strict=True)]
+        return [media[row] for row in self.rows]
 
 
 @dataclass(frozen=True, slots=True)

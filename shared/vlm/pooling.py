@@ -1,6 +1,6 @@
 """Visual tokens averaged over regions of the image, so that models with different grids can be compared.
 
-Legend: B images, C cells (regions), D width.
+Legend: B rows, C cells (regions), D width.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ def nearly_square(n_cells: int) -> tuple[int, int]:
 def pooled_image_tokens(tokens: ImageTokens, grid: tuple[int, int]) -> Tensor:
     """(B, C, D) visual tokens pooled by area into a grid of (rows, columns), row by row, float32.
 
-    All regions together cover the image. A grid as large as the tokens' own gives the tokens themselves.
+    All regions together cover the image. A grid as large as the tokens' own gives the tokens themselves. Several images
+    of a row count as one picture: made equally large and laid side by side.
     """
-    pooled = []
+    maps_DHW = []
     for image, own_grid in zip(tokens.tokens, tokens.grids, strict=True):
         rows, columns = own_grid or _grid_of(len(image))
         map_DHW = image[: rows * columns].float().T.unflatten(1, (rows, columns))
-        pooled.append(F.adaptive_avg_pool2d(map_DHW, grid).flatten(1).T)
-    return torch.stack(pooled)
+        maps_DHW.append(F.adaptive_avg_pool2d(map_DHW, grid))
+    side_by_side = [torch.cat(maps_DHW[row], dim=2) for row in tokens.rows]
+    return torch.stack([F.adaptive_avg_pool2d(map_DHW, grid).flatten(1).T for map_DHW in side_by_side])
 
 
 def _grid_of(n_tokens: int) -> tuple[int, int]:

@@ -4,6 +4,8 @@ The template is rendered once with marks where question and answer go; its text 
 
     before the image | image | after the image, question, assistant header | answer | end of turn
 
+(several images: all of them before the question, with what the template puts between two of them)
+
 so any family's template serves, and a branch is tokenized as one text: no token boundary differs from an
 ordinary prompt.
 """
@@ -41,10 +43,13 @@ class Prompt:
         system_line: str = SYSTEM_LINE,
     ):
         self.tokenizer = tokenizer
-        head, rest = "", _render(tokenizer, chat_template, system_line, image_token is not None)
+        head, between_images = "", ""
+        rest = _render(tokenizer, chat_template, system_line, 0 if image_token is None else 1)
         if image_token is not None:
             head, _, rest = rest.partition(image_token)
             head, rest = head + family.before_image, family.after_image + rest
+            between_images = _render(tokenizer, chat_template, system_line, 2).split(image_token)[1]
+            between_images = family.after_image + between_images + family.before_image
         between, _, rest = rest.partition(_QUESTION_MARK)
         header, found, tail = rest.partition(_ANSWER_MARK)
         if not found:
@@ -57,6 +62,7 @@ class Prompt:
         # LLaVA 1.5's template ends an answer with a space; the model was trained to end it with EOS.
         self._end_of_turn = tail if tail.strip() else str(self.tokenizer.eos_token)
         self.prefix_ids: list[int] = self._with_bos(self._encode(self.before_image))
+        self.between_images_ids: list[int] = self._encode(between_images)
         self.after_image_ids: list[int] = self._encode(self._after_image)
         self.digest = hashlib.sha256(
             "\0".join([self.before_image, self._after_image, header, self._end_of_turn]).encode()
@@ -107,7 +113,7 @@ class Prompt:
         return [bos, *ids] if bos is not None and probe[:1] == [bos] and not written else ids
 
 
-def _render(tokenizer: Any, chat_template: str, system_line: str, with_image: bool) -> str:
+def _render(tokenizer: Any, chat_template: str, system_line: str, n_images: int) -> str:
     def turn(role: str, *content: dict[str, str]) -> dict[str, Any]:
         return {"role": role, "content": list(content)}
 
@@ -116,7 +122,7 @@ def _render(tokenizer: Any, chat_template: str, system_line: str, with_image: bo
 
     turns = [
         turn("system", words(system_line)),
-        turn("user", *([{"type": "image"}] if with_image else []), words(_QUESTION_MARK)),
+        turn("user", *([{"type": "image"}] * n_images), words(_QUESTION_MARK)),
         turn("assistant", words(_ANSWER_MARK)),
     ]
     return str(tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))

@@ -41,6 +41,7 @@ from tests.benchmarks.step_rows import IMAGE_PX, TINY_IMAGE_PX, step_rows
 from tests.benchmarks.switches import READ_SWITCHES, STEP_SWITCHES
 from tests.benchmarks.timing import interleaved, ratios, result
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
 COMMAND = "make bench-gpu"
 NEEDS_GPU = "make bench-gpu needs a CUDA GPU and there is none: its figures are recorded as not measured"
@@ -212,7 +213,7 @@ def _generator_throughput(bench: Bench) -> list[Result]:
     config = run_config(fields, [base])
     generator = Generator(config.generator, seed=0)
     records = make_records(bench.root / "generator", N_IMAGES, TINY_IMAGE_PX if bench.tiny else IMAGE_PX, 1)
-    tokens = generator.image_tokens_from(generator.model.image_inputs([record.load_image() for record in records]))
+    tokens = ImageFeatures(generator, None).of_records(records)
     prompt = generator.model.prompt
     n_tokens = len(prompt.prefix_ids) + len(tokens.tokens[0]) + len(prompt.after_image_ids) + 1 + N_LATENTS
     flops = generator_flops(decoder_size(vlm_config(str(model))), N_IMAGES, n_tokens, config.generator.lora.rank)

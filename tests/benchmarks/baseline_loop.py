@@ -185,7 +185,7 @@ class BaselineTrainer:
         return {name: value.item() for name, value in terms.items()}
 
     def _image_inputs(self, records: Sequence[Record]) -> dict[str, Tensor]:
-        return self.generator.model.image_inputs([record.load_image() for record in records])
+        return self.generator.model.image_inputs([image for record in records for image in record.load_images()])
 
     @torch.no_grad()
     def _concept_targets(self, records: Sequence[Record]) -> Tensor:

@@ -105,7 +105,7 @@ def packed_rows(config: Config, records: list[Record]) -> list[Result]:
     shown = records[:_READ_IMAGES]
     latents_BKD = torch.randn(len(shown), generator.n_latents, generator.model.width)
     single = [
-        Record(record.record_id, record.source, record.image_path, (question,))
+        Record(record.record_id, record.source, record.images, (question,))
         for record in shown
         for question in record.questions
     ]

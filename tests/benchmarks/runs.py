@@ -15,7 +15,7 @@ from anchor_service.pool import AnchorPool
 from shared.config import Config, parse_config
 from tests.benchmarks.baseline_loop import BaselineTrainer
 from tests.benchmarks.models import QUESTION_TOKENS, make_questions
-from trainer.data.records import KindQuestion, Record
+from trainer.data.records import ImageFile, KindQuestion, Record
 from trainer.data.sampling import Sampler
 from trainer.generator import Generator
 from trainer.loop import Trainer
@@ -36,7 +36,7 @@ def make_records(
         path = folder / f"{i}.png"
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
         asked = tuple(KindQuestion("any", question.text, question.answer) for question in questions)
-        records.append(Record(str(i), "benchmark", path, asked))
+        records.append(Record(str(i), "benchmark", (ImageFile(path),), asked))
     return records
 
 
@@ -59,7 +59,7 @@ def open_trainer(config: Config, records: Sequence[Record]) -> Iterator[Trainer]
     """The project's trainer with its anchors, as `train_run` puts them together."""
     generator = Generator(config.generator, config.train.seed)
     generator.train()
-    probe = [records[0].image_path.read_bytes()]
+    probe = records[0].image_bytes()
     shared_base = (generator.model, generator.adapter_off)
     with (
         AnchorPool.start(config, generator.handshake(), shared_base, probe_images=probe) as pool,

@@ -1,4 +1,4 @@
-"""One local Ray for all tests that need no cluster of their own, tiny models and a small toy data set."""
+"""One local Ray for all tests that need no cluster of their own, and tiny models."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import ray
 import torch
 
-from tests.integration.helpers import REPOSITORY, TOY_SIZES, anchor_pids, wait_until
+from tests.integration.helpers import REPOSITORY, anchor_pids, wait_until
 from tests.tiny_models import build_tiny
-from trainer.toy.dataset import ensure_toy_data
-from trainer.toy.tiny_vlms import new_model, save_folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,13 +62,3 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return root / family if (root / family).is_dir() else build_tiny(family, root / family)
 
     return folder
-
-
-@pytest.fixture(scope="session")
-def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models A and B of the toy world with random weights, and its data in a few images."""
-    root = tmp_path_factory.mktemp("toy")
-    for name, seed in (("A", 1), ("B", 2)):
-        save_folder(new_model("qwen2_5_vl", seed), root / name)
-    ensure_toy_data(root / "data", TOY_SIZES, seed=3)
-    return root

@@ -335,7 +335,7 @@ def test_non_finite_latents_name_the_records(toy_folder: Path, tmp_path: Path) -
 def _check_refused(config: Config, poison: Callable[[Trainer], None], images: list[int]) -> None:
     """Step 0 raises NonFiniteError that names exactly these images' records, and changes no parameter."""
     generator = Generator(config.generator, seed=0)
-    shown = [record.image_path.read_bytes() for record in training_records(config.data, 0)[:2]]
+    shown = [record.images[0].read() for record in training_records(config.data, 0)[:2]]
     sampler = Sampler(training_records(config.data, 0), config.train.batch_images, 2, seed=0)
     ids = [record.record_id for record in sampler.batch(0).records]
     with AnchorPool.start(config, generator.handshake(), probe_images=shown) as pool:

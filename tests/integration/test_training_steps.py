@@ -52,7 +52,7 @@ def config_of(toy: Path, run_dir: Path, placement: str, mode: str) -> Config:
 
 
 def shown_images(config: Config) -> list[bytes]:
-    return [record.image_path.read_bytes() for record in training_records(config.data, 0)[:2]]
+    return [record.images[0].read() for record in training_records(config.data, 0)[:2]]
 
 
 @pytest.mark.parametrize("mode", ["fused", "vjp"])
@@ -73,8 +73,8 @@ def test_ray_anchor_answers_bit_identically_after_training(clean_ray: None, toy_
     config = config_of(toy_folder, tmp_path, "ray", "fused")
     generator = Generator(config.generator, seed=0)
     request = ReadRequest("same", QUESTIONS[:2], torch.randn(2, 9, generator.model.width))
-    images, questions = shown_images(config), QUESTIONS[:2]
-    with AnchorPool.start(config, generator.handshake(), probe_images=images) as pool:
+    images, questions = [[image] for image in shown_images(config)], QUESTIONS[:2]
+    with AnchorPool.start(config, generator.handshake(), probe_images=shown_images(config)) as pool:
         answers = []
         for _ in range(2):
             replies = pool.read(dict.fromkeys(pool.names, request))
@@ -90,14 +90,14 @@ def test_shared_base_is_the_base_model_bit_for_bit_after_training(toy_folder: Pa
     """Logits with the adapter off against those of a model that never had one, with latents and with images."""
     config = config_of(toy_folder, tmp_path, "shared_base", mode)
     generator = Generator(config.generator, seed=0)
-    images, questions = shown_images(config), QUESTIONS[:2]
+    images, questions = [[image] for image in shown_images(config)], QUESTIONS[:2]
     untouched = load_vlm(str(toy_folder / "A")).freeze()
     positions = config.pool.latent_positions
     base = FrozenAnchor("base", untouched, 9, positions)
     request = ReadRequest("same", questions, torch.randn(2, 9, untouched.width))
     expected = (base.read(request).logprobs, base.read_images("images", images, questions).logprobs)
     shared_base = (generator.model, generator.adapter_off)
-    with AnchorPool.start(config, generator.handshake(), shared_base, probe_images=images) as pool:
+    with AnchorPool.start(config, generator.handshake(), shared_base, probe_images=shown_images(config)) as pool:
         train(config, generator, pool)
         shared = FrozenAnchor("shared", generator.model, 9, positions, generator.adapter_off)
         assert shared.read(request).logprobs == expected[0]

@@ -98,7 +98,7 @@ def test_baseline_latents_and_their_gradients_equal_ours(folder: Path, tmp_path:
     for name, parameter in generator.peft_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    images = [record.load_image() for record in make_records(tmp_path, 2, (112, 84), 1)]
+    images = [image for record in make_records(tmp_path, 2, (112, 84), 1) for image in record.load_images()]
     inputs = generator.model.image_inputs(images)
     latents, gradients = [], []
     for emit in (
@@ -137,7 +137,7 @@ def test_whole_steps_of_both_sides_train(folder: Path, tmp_path: Path) -> None:
 def test_switches_of_the_generator_change_no_number(folder: Path, tmp_path: Path) -> None:
     config = run_config({"model": str(folder)}, [{"name": "base", "model": "-", "placement": "shared_base"}])
     generator = Generator(config.generator, seed=0)
-    inputs = generator.model.image_inputs([record.load_image() for record in make_records(tmp_path, 2, (112, 84), 1)])
+    inputs = generator.model.image_inputs([r.load_images()[0] for r in make_records(tmp_path, 2, (112, 84), 1)])
     expected = generator.emit(generator.image_tokens_from(inputs))
     for switch in STEP_SWITCHES.values():
         with switch(generator):

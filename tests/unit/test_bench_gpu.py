@@ -21,6 +21,7 @@ from tests.benchmarks.read_flops import generator_flops
 from tests.benchmarks.results import Result, record, record_unmeasured
 from tests.benchmarks.runs import make_records, run_config
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 
 HERE = [name for name in PARTS if name != "sharing"]
 """Sharing needs Ray: `tests/integration/test_bench_ray.py`."""
@@ -45,7 +46,7 @@ def test_generator_pass_is_counted_as_it_is_computed(tmp_path: Path) -> None:
     config = run_config({"model": str(folder)}, [{"name": "base", "model": "-", "placement": "shared_base"}])
     generator = Generator(config.generator, seed=0)
     records = make_records(tmp_path / "images", 2, (112, 84), 1)
-    tokens = generator.image_tokens_from(generator.model.image_inputs([record.load_image() for record in records]))
+    tokens = ImageFeatures(generator, None).of_records(records)
     n_tokens = 15 + len(tokens.tokens[0]) + 1 + 1 + 16
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         torch.autograd.grad(generator.emit(tokens).sum(), generator.parameters())

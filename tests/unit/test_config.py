@@ -45,7 +45,6 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("train.steps", 0, "f.yaml: train.steps: input should be greater than or equal to 1, got 0"),
         ("data.source", "gqa", "f.yaml: data.source: input should be 'clevr' or 'toy', got 'gqa'"),
         ("anchors.0.name", "a b", "f.yaml: anchors.0.name: string should match pattern"),
-        ("anchors", [], "f.yaml: anchors: tuple should have at least 1 item"),
         ("generator.dtype", "float64", "generator.dtype: float64 is for tests of anchors; use float32 or bfloat16"),
         ("train.microbatches", 3, "microbatches: 3 does not divide batch_images: 4; choose a divisor"),
         (

@@ -14,7 +14,7 @@ from shared.config import DataConfig
 from shared.errors import DataError
 from trainer.data import load_records, training_records
 from trainer.data.clevr import load_clevr
-from trainer.data.records import KindQuestion, Record
+from trainer.data.records import ImageFile, KindQuestion, Record
 from trainer.data.sampling import Sampler, shuffled_pairs, without_kinds
 
 CLEVR_MINI = Path(__file__).parents[2] / "../shared/clevr-mini"
@@ -82,7 +82,7 @@ def test_records_are_ordered_by_image_and_load(tmp_path):
     assert [record.record_id for record in records] == ["train/CLEVR_train_000000", "train/CLEVR_train_000001"]
     assert [len(record.questions) for record in records] == [2, 1]
     assert records[1].scene["image_index"] == 1
-    assert records[1].load_image().getpixel((0, 0)) == (1, 0, 0)
+    assert records[1].load_images()[0].getpixel((0, 0)) == (1, 0, 0)
     assert records[0].questions[0].message.text == "Is there any?"
 
 
@@ -152,7 +152,7 @@ def test_an_image_cut_short_is_named_when_it_is_loaded(tmp_path):
     image(tmp_path, 1).write_bytes(image(tmp_path, 1).read_bytes()[:1500])
     record = load_clevr(tmp_path, "train")[1]
     with pytest.raises(DataError, match=r"000001\.png: image of record train/CLEVR_train_000001 cannot be read"):
-        record.load_image()
+        record.load_images()
 
 
 def test_files_that_are_no_json_or_absent(tmp_path):
@@ -179,7 +179,7 @@ def test_real_clevr():
     assert {q.answer for q in questions if q.kind in ("exist", "compare_integer")} == {"yes", "no"}
     assert {q.answer for q in questions if q.kind == "count"} <= {str(n) for n in range(11)}
     assert all(record.scene["objects"] for record in records)
-    assert records[7].load_image().size == (160, 120)
+    assert records[7].load_images()[0].size == (160, 120)
 
 
 def fake_records(n: int, n_questions: int = 5) -> list[Record]:
@@ -187,7 +187,7 @@ def fake_records(n: int, n_questions: int = 5) -> list[Record]:
         Record(
             f"r{i}",
             "clevr",
-            Path(f"{i}.png"),
+            (ImageFile(Path(f"{i}.png")),),
             tuple(KindQuestion(("count", "exist")[q % 2], f"{i}.{q}?", "yes") for q in range(n_questions)),
         )
         for i in range(n)
@@ -236,7 +236,7 @@ def test_shuffled_pairs_have_no_fixed_point(n):
     records = fake_records(n)
     for seed in range(5):
         shuffled = shuffled_pairs(records, seed)
-        assert [record.image_path for record in shuffled] == [record.image_path for record in records]
+        assert [record.images for record in shuffled] == [record.images for record in records]
         assert all(new.questions != old.questions for new, old in zip(shuffled, records, strict=True))
         assert {record.questions for record in shuffled} == {record.questions for record in records}
 

@@ -10,6 +10,7 @@ import yaml
 from ray.runtime_env import RuntimeEnv
 
 from shared.config import load_config, parse_config
+from trainer.methods import with_checked_method
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "deploy/configs").glob("*.yaml"))
@@ -29,6 +30,7 @@ def test_configs_are_found() -> None:
 def test_every_shipped_config_parses_and_survives_a_round_trip(path: Path) -> None:
     config = load_config(path)
     assert parse_config(config.model_dump(mode="json"), "round trip") == config
+    assert with_checked_method(config).method == config.method
 
 
 def test_the_single_card_config_needs_no_ray() -> None:

@@ -132,7 +132,7 @@ def scoring(folder: str, dtype: str) -> tuple[VisionLanguageModel, Callable[[], 
     """A frozen model, a call that reads latents, and its rows."""
     model = load_vlm(folder, dtype).freeze()
     questions = [[Question("what color is the circle?", "red"), Question("is it red?", "yes")] * 3] * 3
-    packed = pack_questions(model, [latent_media(9, False)] * 3, questions)
+    packed = pack_questions(model, [[latent_media(9, False)]] * 3, questions)
     latents_ID = torch.randn(27, model.width).to(model.dtype).requires_grad_()
     n_tokens = packed.token_ids_BT.shape[1]
     return (

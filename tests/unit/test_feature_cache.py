@@ -24,7 +24,7 @@ from shared.vlm import ImageTokens, VisionLanguageModel, load_vlm
 from tests.tiny_models import FAMILY_NAMES
 from trainer.data import load_records, training_records
 from trainer.data.feature_cache import FeatureCache, join_images, split_images, tower_revision
-from trainer.data.records import Record
+from trainer.data.records import ImageFile, Record
 from trainer.data.sampling import Sampler
 from trainer.evaluation.reading import latents_of
 from trainer.generator import Generator
@@ -252,7 +252,7 @@ def without_images_or_tower(monkeypatch):
         raise TowerUsedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Record, "load_image", refuse)
+        patch.setattr(Record, "load_images", refuse)
         patch.setattr(VisionLanguageModel, "image_inputs", refuse)
         patch.setattr(VisionLanguageModel, "image_tokens_from", refuse)
         yield
@@ -263,7 +263,7 @@ def train(config: Config, context=contextlib.nullcontext) -> list[dict[str, floa
     generator = Generator(config.generator, config.train.seed)
     records = training_records(config.data, config.train.seed)
     sampler = Sampler(records, config.train.batch_images, 2, config.train.seed)
-    probe = [record.image_path.read_bytes() for record in records[:2]]
+    probe = [record.images[0].read() for record in records[:2]]
     shared_base = (generator.model, generator.adapter_off)
     with (
         AnchorPool.start(config, generator.handshake(), shared_base, probe_images=probe) as pool,
@@ -320,7 +320,7 @@ def test_an_image_that_changes_on_disk_is_computed_again_and_a_damaged_one_is_na
     config = config_of(tiny_folder("qwen2_5_vl"), toy_data, tmp_path / "cache")
     generator = Generator(config.generator, 0)
     file = tmp_path / "image.png"
-    record = Record("r", "clevr", file, ())
+    record = Record("r", "clevr", (ImageFile(file),), ())
 
     def tokens_of(features: ImageFeatures) -> Tensor:
         return features.tokens(features.prepare([features.open(record)])).tokens[0]

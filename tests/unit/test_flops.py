@@ -35,7 +35,7 @@ def test_counts_are_those_of_the_computed_products(
 ) -> None:
     """With the plain kernel, whose products the counter sees one by one, the counts are equal, not just near."""
     model = tiny_model(family)
-    rows = pack_questions(model, [Media(4)] * len(questions), questions)
+    rows = pack_questions(model, [[Media(4)]] * len(questions), questions)
     embeds_BTD = model.row_embeddings(rows, torch.randn(4 * len(questions), model.width)).requires_grad_()
     n_rows, n_tokens = rows.token_ids_BT.shape
     size = decoder_size(model.hf_model.config)

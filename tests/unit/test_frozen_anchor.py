@@ -77,7 +77,7 @@ def test_a_read_keeps_activations_of_its_own_rows_and_no_logits(tiny_model, ques
     anchor, latents_BKD = make_anchor(model), make_latents(len(questions))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         anchor.read(ReadRequest("r", questions, latents_BKD, Gradient.FUSED))
-    rows = pack_questions(model, [Media(N_LATENTS)] * len(questions), questions, cache_prefix=True)
+    rows = pack_questions(model, [[Media(N_LATENTS)]] * len(questions), questions, cache_prefix=True)
     text = model.hf_model.config.get_text_config()
     n_tokens = rows.token_ids_BT.numel()
     bound = 4 * (text.num_hidden_layers + 1) * n_tokens * (7 * text.hidden_size + 3 * text.intermediate_size)
@@ -128,7 +128,7 @@ def test_matches_say_what_greedy_decoding_would_write(tiny_folder, questions):
     model = load_vlm(tiny_folder("llava")).freeze()
     latents_BKD = make_latents(len(questions))
     learned = [questions[0][:2], [Question("how many things are there?", "3")], questions[2][:1]]
-    media = [Media(N_LATENTS)] * len(questions)
+    media = [[Media(N_LATENTS)]] * len(questions)
     head = model.hf_model.lm_head.weight.requires_grad_()
     optimizer = torch.optim.AdamW([head], lr=0.05)
     for _ in range(30):
@@ -158,7 +158,7 @@ def test_matches_say_what_greedy_decoding_would_write(tiny_folder, questions):
 def test_ceiling_and_floor(tiny_model, questions, pictures):
     model = tiny_model("smolvlm")
     anchor = make_anchor(model)
-    ceiling = anchor.read_images("i", [png(picture) for picture in pictures], questions)
+    ceiling = anchor.read_images("i", [[png(picture)] for picture in pictures], questions)
     floor = anchor.read(ReadRequest("r", questions, None))
     floor_reference = plain_read_all(model, None, questions)
     for b, row in enumerate(questions):
@@ -176,7 +176,7 @@ def test_fewer_latents_are_the_first_ones(tiny_model, questions, positions):
     model, latents_BKD = tiny_model("qwen2_5_vl"), make_latents(len(questions))
     reply = make_anchor(model, positions).read(ReadRequest("r", questions, latents_BKD[:, :3].contiguous()))
     media = replace(latent_media(N_LATENTS, positions is LatentPositions.GRID), length=3)
-    rows = pack_questions(model, [media] * len(questions), questions)
+    rows = pack_questions(model, [[media]] * len(questions), questions)
     expected_N = score_answers(model, rows, latents_BKD[:, :3].flatten(0, 1)).logprobs_N
     actual_N = torch.tensor([v for row in reply.logprobs for q in row for v in q])
     assert max_relative_error(actual_N, expected_N) <= 1e-5

@@ -11,7 +11,7 @@ from shared.messages import Question
 from shared.packing import PADDING, PREFIX, Branch, Media, block_mask, latent_media, pack_rows, unpack
 from shared.reading import pack_questions, score_answers
 from shared.vlm import CachedPrefix, Prompt, load_vlm
-from tests.reference import max_relative_error, plain_read_all, plain_read_image
+from tests.reference import max_relative_error, plain_read_all, plain_read_image, plain_read_images
 from tests.tiny_models import FAMILY_NAMES, WIDTH
 
 N_LATENTS = 9
@@ -36,7 +36,7 @@ def test_latents_log_probs_and_gradient(tiny_model, questions, family, on_grid, 
     reference_N = flat(plain_read_all(model, latents_BKD, questions, on_grid))
     (reference_grad,) = torch.autograd.grad((reference_N * weights_N[: len(reference_N)]).sum(), latents_BKD)
 
-    rows = pack_questions(model, [latent_media(N_LATENTS, on_grid)] * len(questions), questions, cache_prefix)
+    rows = pack_questions(model, [[latent_media(N_LATENTS, on_grid)]] * len(questions), questions, cache_prefix)
     prefix = CachedPrefix(model) if cache_prefix else None
     scores = score_answers(model, rows, latents_BKD.flatten(0, 1), prefix=prefix)
     (grad,) = torch.autograd.grad((scores.logprobs_N * weights_N[: len(reference_N)]).sum(), latents_BKD)
@@ -66,7 +66,7 @@ def test_random_rows(tiny_model, trial):
     prefix = CachedPrefix(model)
 
     def read(asked):
-        rows = pack_questions(model, [latent_media(n_latents, on_grid)] * n_images, asked, cache_prefix=True)
+        rows = pack_questions(model, [[latent_media(n_latents, on_grid)]] * n_images, asked, cache_prefix=True)
         scores = score_answers(model, rows, latents_BKD.flatten(0, 1), prefix=prefix)
         return unpack(list(scores.logprobs_N), scores.counts)
 
@@ -88,10 +88,9 @@ def test_random_rows(tiny_model, trial):
 def test_cached_prefix_follows_template_and_dtype(tiny_folder, questions):
     model = load_vlm(tiny_folder("qwen2_5_vl")).freeze()
     prefix = CachedPrefix(model)
-    media = [Media(0)] * len(questions)
 
     def read(cached):
-        rows = pack_questions(model, media, questions, cache_prefix=cached)
+        rows = pack_questions(model, [[]] * len(questions), questions, cache_prefix=cached)
         return score_answers(model, rows, None, prefix=prefix if cached else None).logprobs_N
 
     first = read(True)
@@ -126,6 +125,22 @@ def test_real_images_equal_the_ordinary_forward(tiny_model, questions, pictures,
     assert max_relative_error(scores.logprobs_N, flat(reference)) <= 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@torch.no_grad()
+def test_several_images_equal_the_ordinary_forward(tiny_model, questions, pictures, family):
+    """Rows of two, one and three images of different shapes, in one batch."""
+    model = tiny_model(family)
+    shown = [pictures[:2], pictures[2:], [pictures[1], pictures[2], pictures[0]]]
+    tokens = model.image_tokens([picture for row in shown for picture in row]).in_rows([2, 1, 3])
+    rows = pack_questions(model, tokens.media, questions, cache_prefix=True)
+    scores = score_answers(model, rows, torch.cat(tokens.tokens), tokens.deepstack, CachedPrefix(model))
+    counts = [[len(t) for t in tokens.tokens[row]] for row in tokens.rows]
+    reference = [
+        [plain_read_images(model, shown[b], counts[b], question) for question in row] for b, row in enumerate(questions)
+    ]
+    assert max_relative_error(scores.logprobs_N, flat(reference)) <= 1e-5
+
+
 @torch.no_grad()
 def test_deepstack_features_matter(tiny_model, questions, pictures):
     """Without this the comparison above could pass with features that do nothing."""
@@ -142,7 +157,7 @@ def test_deepstack_features_matter(tiny_model, questions, pictures):
 @torch.no_grad()
 def test_no_media_is_the_prompt_without_image_tokens(tiny_model, questions, family):
     model = tiny_model(family)
-    scores = score_answers(model, pack_questions(model, [Media(0)] * len(questions), questions), None)
+    scores = score_answers(model, pack_questions(model, [[]] * len(questions), questions), None)
     assert max_relative_error(scores.logprobs_N, flat(plain_read_all(model, None, questions))) <= 1e-5
 
 
@@ -150,7 +165,7 @@ def test_no_media_is_the_prompt_without_image_tokens(tiny_model, questions, fami
 def test_images_without_media_beside_images_with_media(tiny_model, questions):
     model = tiny_model("qwen2_5_vl")
     latents_KD = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(2))
-    rows = pack_questions(model, [Media(0), Media(4, (2, 2)), Media(0)], questions)
+    rows = pack_questions(model, [[], [Media(4, (2, 2))], []], questions)
     scores = score_answers(model, rows, latents_KD)
     reference = plain_read_all(model, None, questions)
     reference[1] = plain_read_all(model, latents_KD[None], [questions[1]], on_grid=True)[0]
@@ -159,7 +174,7 @@ def test_images_without_media_beside_images_with_media(tiny_model, questions):
 
 def test_block_mask_against_loops():
     branches = [[Branch((7, 8, 9), 1), Branch((7, 8), 1)], [Branch((5, 6, 7, 8, 9), 2)], [Branch((3, 4), 1)] * 4]
-    rows = pack_rows([1, 2], [Media(4, (2, 2)), Media(0), Media(1)], branches)
+    rows = pack_rows([1, 2], [[Media(4, (2, 2))], [], [Media(1)]], branches)
     segments = rows.segments_BT.tolist()
     assert any(PADDING in row for row in segments)
     mask_B1TT = block_mask(rows.segments_BT)
@@ -175,7 +190,7 @@ def test_block_mask_against_loops():
 
 def test_layout_of_a_small_row():
     """Written out by hand: 2 prefix tokens, a 2×2 grid, branches of 3 and 2 tokens whose last is only predicted."""
-    rows = pack_rows([1, 2], [Media(4, (2, 2))], [[Branch((7, 8, 9), 1), Branch((5, 6), 1)]])
+    rows = pack_rows([1, 2], [[Media(4, (2, 2))]], [[Branch((7, 8, 9), 1), Branch((5, 6), 1)]])
     assert rows.token_ids_BT.tolist() == [[1, 2, 0, 0, 0, 0, 7, 8, 5]]
     assert rows.segments_BT.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 2]]
     assert rows.positions_3BT[:, 0].tolist() == [
@@ -189,15 +204,31 @@ def test_layout_of_a_small_row():
     assert rows.counts == [[2, 1]]
     assert unpack("abc", rows.counts) == [[["a", "b"], ["c"]]]
 
-    cached = pack_rows([1, 2], [Media(4, (2, 2))], [[Branch((7, 8, 9), 1), Branch((5, 6), 1)]], cache_prefix=True)
+    cached = pack_rows([1, 2], [[Media(4, (2, 2))]], [[Branch((7, 8, 9), 1), Branch((5, 6), 1)]], cache_prefix=True)
     assert cached.n_cached == 2
     assert torch.equal(cached.token_ids_BT, rows.token_ids_BT[:, 2:])
     assert torch.equal(cached.positions_3BT, rows.positions_3BT[:, :, 2:])
     assert cached.predict_N2.tolist() == [[0, 4], [0, 5], [0, 6]]
 
 
+def test_layout_of_two_images():
+    """By hand: one prefix token, a 2×2 grid, two tokens between, a 1×3 grid, a branch; beside a row without images."""
+    branch = Branch((7, 8, 9), 1)
+    rows = pack_rows([1], [[Media(4, (2, 2)), Media(3, (1, 3))], []], [[branch], [branch]], between_ids=[4, 5])
+    assert rows.token_ids_BT[0].tolist() == [1, 0, 0, 0, 0, 4, 5, 0, 0, 0, 7, 8]
+    assert rows.segments_BT.tolist() == [[0] * 10 + [1, 1], [0] + [-1] * 9 + [1, 1]]
+    assert rows.media_BT[0].nonzero().flatten().tolist() == [1, 2, 3, 4, 7, 8, 9]
+    assert not rows.media_BT[1].any()
+    assert rows.positions_3BT[:, 0].tolist() == [
+        [0, 1, 1, 1, 1, 3, 4, 5, 5, 5, 8, 9],
+        [0, 1, 1, 2, 2, 3, 4, 5, 5, 5, 8, 9],
+        [0, 1, 2, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+    ]
+    assert rows.positions_3BT[0, 1, -2:].tolist() == [1, 2]
+
+
 def test_a_grid_needs_a_square():
     with pytest.raises(ValueError, match="square number of latents, got 8"):
         latent_media(8, on_grid=True)
-    with pytest.raises(ValueError, match="2 images but 1 lists"):
-        pack_rows([1], [Media(0)] * 2, [[Branch((1, 2), 1)]])
+    with pytest.raises(ValueError, match="2 rows of images but 1 lists"):
+        pack_rows([1], [[]] * 2, [[Branch((1, 2), 1)]])

@@ -8,7 +8,7 @@ import torch
 from anchor_service.pool import AnchorPool
 from shared.config import parse_config
 from tests.unit.test_generator import disturb, make_generator
-from trainer.data.records import KindQuestion, Record
+from trainer.data.records import ImageFile, KindQuestion, Record
 from trainer.evaluation.pgd import adversarial_latents
 from trainer.evaluation.reading import Reader, latents_of
 from trainer.generator import Generator
@@ -23,8 +23,14 @@ def records(pictures, questions, tmp_path) -> list[Record]:
     found = []
     for i, (picture, row) in enumerate(zip(pictures, questions, strict=True)):
         picture.save(tmp_path / f"{i}.png")
+        questions = tuple(KindQuestion("any", q.text, q.answer) for q in row)
         found.append(
-            Record(str(i), "test", tmp_path / f"{i}.png", tuple(KindQuestion("any", q.text, q.answer) for q in row))
+            Record(
+                str(i),
+                "test",
+                (ImageFile(tmp_path / f"{i}.png"),),
+                tuple(KindQuestion("any", q.text, q.answer) for q in row),
+            )
         )
     return found
 
@@ -43,7 +49,7 @@ def test_the_attack_stays_within_its_bound_and_costs_more_than_noise_of_its_size
     config = parse_config(tree, "test")
     generator = make_generator(folder)
     disturb(generator)
-    original = generator.model.image_inputs([record.load_image() for record in records])
+    original = generator.model.image_inputs([image for record in records for image in record.load_images()])
     most = LEVELS / 255 / max(generator.model.processor.image_processor.image_std)
     seen: list[torch.Tensor] = []
     image_tokens_from = Generator.image_tokens_from

@@ -267,7 +267,7 @@ def test_attention_maps_belong_to_their_images_and_state_the_rule(run, states):
     record, map_KIJ = states.attention[2]
     generator = Generator(results.config.generator, seed=0)
     generator.load_adapter(run / "checkpoints/step-000600")
-    expected = attention_map(latent_attention(generator, [record.load_image()])[0], "rollout")
+    expected = attention_map(latent_attention(generator, record.load_images())[0], "rollout")
     np.testing.assert_allclose(map_KIJ, expected, atol=1e-5)
     share = map_KIJ.sum(axis=(1, 2)).mean()
     assert f"{100 * share:.0f} % of attention falls on the image" in pictures[2].alt
@@ -320,7 +320,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_rest_of_the_report(changed):
 def test_the_gallery_is_bounded_and_survives_lost_images(run, tmp_path):
     (results,) = load_results([run])
     failure = results.evaluation.gallery[0]
-    lost = failure.model_copy(update={"image": tmp_path / "gone.png"})
+    lost = failure.model_copy(update={"images": [tmp_path / "gone.png"]})
     cards = gallery([failure, lost] * 20)
     assert len(cards) == 24
     assert cards[1].image is None

@@ -12,7 +12,7 @@ from anchor_service.pool import AnchorPool
 from shared.config import Config, parse_config
 from shared.errors import AnchorLostError
 from shared.messages import ReadReply, ReadRequest
-from trainer.data.records import KindQuestion, Record
+from trainer.data.records import ImageFile, KindQuestion, Record
 from trainer.evaluation.reading import CONDITIONS, Outcome, Reader, mean_outcomes, summarise
 from trainer.evaluation.statistics import ImageBootstrap, over_seeds, recovered_share
 
@@ -102,7 +102,7 @@ HITS = {
 def make_reader(config: Config) -> Reader:
     """Three images with questions of KINDS."""
     records = [
-        Record(f"image {b}", "toy", Path("unused"), tuple(KindQuestion(kind, "?", "yes") for kind in row))
+        Record(f"image {b}", "toy", (ImageFile(Path("unused")),), tuple(KindQuestion(kind, "?", "yes") for kind in row))
         for b, row in enumerate(KINDS)
     ]
     return Reader(AnchorPool([], config.pool, {}), records, config)
@@ -164,7 +164,7 @@ def one_image(count_end_of_turn: bool) -> tuple[list[Record], Config]:
     questions = (KindQuestion("exist", "?", "yes"),) * 2
     pool = {"count_end_of_turn": count_end_of_turn}
     tree = make_config(()).model_dump(mode="json") | {"pool": pool}
-    return [Record("image", "toy", Path("unused"), questions)], parse_config(tree, "test")
+    return [Record("image", "toy", (ImageFile(Path("unused")),), questions)], parse_config(tree, "test")
 
 
 def test_an_answer_is_a_hit_only_if_all_of_its_tokens_are():

@@ -184,7 +184,7 @@ def test_the_clevr_reader_reads_it_back(tmp_path):
     assert len(records) == 6
     kinds = Counter(question.kind for record in records for question in record.questions)
     assert set(kinds) == set(KINDS)
-    assert all(record.load_image().size == (IMAGE_PX, IMAGE_PX) for record in records)
+    assert all(record.load_images()[0].size == (IMAGE_PX, IMAGE_PX) for record in records)
     scene = json.loads((tmp_path / "data/scenes/CLEVR_train_scenes.json").read_text())["scenes"][0]
     # CLEVR's relationships: [relation][i] lists the objects that stand so to object i.
     for i, j in itertools.permutations(range(len(scene["objects"])), 2):

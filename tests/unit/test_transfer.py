@@ -7,7 +7,7 @@ import torch
 
 from shared.config import Config, parse_config
 from shared.errors import ConfigError
-from trainer.data.records import KindQuestion, Record
+from trainer.data.records import ImageFile, KindQuestion, Record
 from trainer.evaluation.transfer import Regions, read_through_projectors
 
 N_IMAGES = 6
@@ -55,8 +55,8 @@ def test_latents_that_are_a_linear_image_of_the_readers_tokens_are_read_as_the_i
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
         shape = ("square", "circle", "triangle")[i % 3]
         questions = (KindQuestion("any", f"what color is the {shape}?", ("red", "blue")[i % 2]),)
-        records.append(Record(str(i), "test", tmp_path / f"{i}.png", questions))
-    tokens = reader.image_tokens([record.load_image() for record in records])
+        records.append(Record(str(i), "test", (ImageFile(tmp_path / f"{i}.png"),), questions))
+    tokens = reader.image_tokens([image for record in records for image in record.load_images()])
     n_tokens = len(tokens.tokens[0])
     regions = Regions.of(n_tokens, n_tokens)
     own_BKF = regions.gather(torch.stack(tokens.tokens))

@@ -94,7 +94,7 @@ def with_tokens(records: Sequence[Record], prompt: Prompt, on_error: OnError) ->
     for record in records:
         for question in record.questions:
             if question.answer in silent:
-                on_error(DataError(f"{record.image_path}: record {record.record_id}: {silent[question.answer]}"))
+                on_error(DataError(f"{record.where}: record {record.record_id}: {silent[question.answer]}"))
         questions = tuple(q for q in record.questions if q.answer not in silent)
         if questions:
             kept.append(replace(record, questions=questions))

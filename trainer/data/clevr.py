@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from shared.errors import DataError
-from trainer.data.records import KindQuestion, Record
+from trainer.data.records import ImageFile, KindQuestion, Record
 
 _KIND_OF_FUNCTION = {
     "count": "count",
@@ -58,16 +58,16 @@ def load_clevr(root: Path, split: str, on_error: OnError = raise_error, check_im
 
     records = []
     for filename in sorted(by_image, key=lambda name: (index_of[name], name)):
-        image_path = root / "images" / split / filename
+        image = ImageFile(root / "images" / split / filename)
         try:
             _check_scene(filename, scenes, questions_file, scenes_file)
             if check_images:
-                _check_image(image_path)
+                _check_image(image.path)
         except DataError as error:
             on_error(error)
             continue
         record_id = f"{split}/{Path(filename).stem}"
-        records.append(Record(record_id, "clevr", image_path, tuple(by_image[filename]), scenes[filename]))
+        records.append(Record(record_id, "clevr", (image,), tuple(by_image[filename]), scenes[filename]))
     if not records:
         raise DataError(f"{questions_file}: no usable record; check data.path and data.split names")
     return records

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -28,33 +28,66 @@ class KindQuestion:
         return Question(self.text, self.answer)
 
 
+class ImageSource(Protocol):
+    """Where an encoded image lies: a file of its own, a cell of a table, a member of an archive. `str` names it."""
+
+    def read(self) -> bytes:
+        """The encoded image. Raises OSError."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image in a file of its own."""
+
+    path: Path
+
+    def read(self) -> bytes:
+        """The file's content. Raises OSError."""
+        return self.path.read_bytes()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image with its questions. The image stays on disk until `load_image`."""
+    """One or more images with questions about all of them together. Images stay where they lie until they are read."""
 
     record_id: str
     source: str
-    image_path: Path
+    images: tuple[ImageSource, ...]
     questions: tuple[KindQuestion, ...]
     scene: Mapping[str, Any] = field(default_factory=dict)
 
-    def image_bytes(self) -> bytes:
-        """The image's file. Raises DataError naming file and record."""
-        try:
-            return self.image_path.read_bytes()
-        except OSError as error:
-            raise self._unreadable(error) from error
+    @property
+    def where(self) -> str:
+        """The images' names, for messages."""
+        return ", ".join(str(image) for image in self.images)
 
-    def load_image(self, image_bytes: bytes | None = None) -> Image.Image:
-        """The image as RGB, from its file or from what `image_bytes` gave. Raises DataError naming file and record."""
+    def image_bytes(self) -> list[bytes]:
+        """The encoded images. Raises DataError naming image and record."""
+        return [self._read(image) for image in self.images]
+
+    def load_images(self, encoded: Sequence[bytes] | None = None) -> list[Image.Image]:
+        """The images as RGB, read, or from what `image_bytes` gave. Raises DataError naming image and record."""
+        encoded = self.image_bytes() if encoded is None else encoded
+        return [self._decode(image, data) for image, data in zip(self.images, encoded, strict=True)]
+
+    def _read(self, source: ImageSource) -> bytes:
         try:
-            with Image.open(self.image_path if image_bytes is None else io.BytesIO(image_bytes)) as image:
+            return source.read()
+        except OSError as error:
+            raise self._unreadable(source, error) from error
+
+    def _decode(self, source: ImageSource, data: bytes) -> Image.Image:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
                 return image.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:
-            raise self._unreadable(error) from error
+            raise self._unreadable(source, error) from error
 
-    def _unreadable(self, error: Exception) -> DataError:
+    def _unreadable(self, source: ImageSource, error: Exception) -> DataError:
         return DataError(
-            f"{self.image_path}: image of record {self.record_id} cannot be read "
+            f"{source}: image of record {self.record_id} cannot be read "
             f"({' '.join(str(error).split())}); replace the file, or set data.on_error: skip"
         )

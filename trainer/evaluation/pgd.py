@@ -36,7 +36,8 @@ def adversarial_latents(
 
 
 def _attack(generator: Generator, bridge: AnchorBridge, records: list[Record], levels: float) -> Tensor:
-    inputs = generator.model.image_inputs([record.load_image() for record in records])
+    rows = [record.load_images() for record in records]
+    inputs, per_row = generator.model.image_inputs([image for row in rows for image in row]), [len(row) for row in rows]
     questions = [[question.message for question in record.questions] for record in records]
     original = inputs["pixel_values"]
     # Models see (level/255 − mean)/std: the largest std keeps every channel within the bound.
@@ -44,10 +45,11 @@ def _attack(generator: Generator, bridge: AnchorBridge, records: list[Record], l
     changed = original.clone()
     for _ in range(N_STEPS):
         changed = changed.detach().requires_grad_()
-        tokens = generator.model.image_tokens_from({**inputs, "pixel_values": changed})
+        tokens = generator.model.image_tokens_from({**inputs, "pixel_values": changed}).in_rows(per_row)
         read = bridge.read(generator.emit(tokens), questions)
         (gradient,) = torch.autograd.grad(read.nll_RB.sum(), changed)
         stepped = changed.detach() + _STEP_SHARE * most * gradient.sign()
         changed = original + (stepped - original).clamp(-most, most)
     with torch.no_grad():
-        return generator.emit(generator.image_tokens_from({**inputs, "pixel_values": changed}))
+        tokens = generator.image_tokens_from({**inputs, "pixel_values": changed})
+        return generator.emit(tokens.in_rows(per_row))

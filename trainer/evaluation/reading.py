@@ -88,7 +88,7 @@ class Reader:
         """The real images."""
 
         def read(here: slice) -> dict[str, ReadReply]:
-            images = [record.image_path.read_bytes() for record in self.records[here]]
+            images = [record.image_bytes() for record in self.records[here]]
             return self._pool.read_images(images, self._questions[here], self._pool.names)
 
         return self._gather(read)
@@ -131,19 +131,19 @@ def latents_of(generator: Generator, features: ImageFeatures, records: Sequence[
     generator.train(False)
     latents = []
     for chunk in batched(records, batch_images):
-        images = features.prepare([features.open(record) for record in chunk])
-        latents.append(generator.emit(features.tokens(images)))
+        latents.append(generator.emit(features.of_records(chunk)))
     return torch.cat(latents)
 
 
 @torch.no_grad()
-def latents_of_images(generator: Generator, images: Iterable[Image.Image], batch_images: int) -> Tensor:
-    """(B, K, D) latents of images, in evaluation mode; no more than a batch of them is held at a time."""
+def latents_of_images(generator: Generator, rows: Iterable[Sequence[Image.Image]], batch_images: int) -> Tensor:
+    """(B, K, D) latents of rows of images, in evaluation mode; no more than a batch of rows is held at a time."""
     generator.train(False)
     latents = []
-    for batch in batched(images, batch_images):
-        inputs = generator.model.image_inputs(batch)
-        latents.append(generator.emit(generator.image_tokens_from(inputs)))
+    for batch in batched(rows, batch_images):
+        inputs = generator.model.image_inputs([image for row in batch for image in row])
+        tokens = generator.image_tokens_from(inputs).in_rows([len(row) for row in batch])
+        latents.append(generator.emit(tokens))
     return torch.cat(latents)
 
 

@@ -125,7 +125,7 @@ class Session:
     def visual_tokens(self, records: list[Record]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batch by batch: visual tokens pooled to K (B, K, D), and as they are (N, D)."""
         for chunk in batched(records, self.config.evaluation.batch_images):
-            tokens = self.features.tokens(self.features.prepare([self.features.open(record) for record in chunk]))
+            tokens = self.features.of_records(chunk)
             yield pooled_image_tokens(tokens, nearly_square(self.generator.n_latents)), torch.cat(tokens.tokens)
 
 
@@ -147,7 +147,7 @@ def failure_gallery(s: Session) -> list[dict[str, Any]]:
     return [
         {
             "record": questions[n][0].record_id,
-            "image": str(questions[n][0].image_path),
+            "images": [str(image) for image in questions[n][0].images],
             "question": questions[n][1].text,
             "kind": questions[n][1].kind,
             "gold": questions[n][1].answer,
@@ -257,8 +257,10 @@ def _control_latents(s: Session, name: str) -> Tensor:
         # The first question's answer stands for the image's: another picture for which it would be wrong.
         answers_B = [record.questions[0].answer for record in s.records]
         return s.latents_BKD[torch.from_numpy(mismatched(answers_B, seed))]
-    images = (perturbations([seed, i])[name](record.load_image()) for i, record in enumerate(s.records))
-    return latents_of_images(s.generator, images, batch_images)
+    rows = (
+        [perturbations([seed, i])[name](image) for image in record.load_images()] for i, record in enumerate(s.records)
+    )
+    return latents_of_images(s.generator, rows, batch_images)
 
 
 def _against_latents(s: Session, changed: Outcomes, anchor: str) -> dict[str, Any]:
@@ -345,7 +347,7 @@ def answer_states(generator: Generator, config: Config, latents_BKD: Tensor, que
     on_grid = config.pool.latent_positions is LatentPositions.GRID and model.family.uses_mrope
     media = latent_media(generator.n_latents, on_grid)
     with generator.adapter_off():
-        rows = pack_questions(model, [media] * len(questions), [[question] for question in questions])
+        rows = pack_questions(model, [[media]] * len(questions), [[question] for question in questions])
         hidden_BTD = model.decode(rows, latents_BKD.flatten(0, 1))
     first = np.cumsum([0, *(counts[0] for counts in rows.counts[:-1])])
     return hidden_BTD[rows.predict_N2[first, 0], rows.predict_N2[first, 1]]

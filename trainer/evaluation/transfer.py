@@ -80,7 +80,7 @@ def read_through_projectors(
     regions = Regions.of(latents_BKD.shape[1], reader.tokens)
     with _pool_of(config, reader) as pool:
         embedded = [
-            pool.embed_images(reader.name, [record.image_path.read_bytes() for record in chunk], regions.grid)
+            pool.embed_images(reader.name, [record.image_bytes() for record in chunk], regions.grid)
             for chunk in batched(fit_records, config.evaluation.batch_images)
         ]
         target_NF = regions.gather(torch.cat(embedded)).flatten(0, 1)

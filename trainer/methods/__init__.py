@@ -1,5 +1,21 @@
 """Training methods, one file each. A method turns a batch into a loss; `METHODS` is the table."""
 
-from trainer.methods.anchored import AnchoredMethod
+from __future__ import annotations
 
-METHODS = {"anchored": AnchoredMethod}
+from shared.config import Config, parse_section
+from shared.errors import ConfigError
+from trainer.methods.anchored import AnchoredMethod
+from trainer.methods.base import Method
+
+METHODS: dict[str, type[Method]] = {"anchored": AnchoredMethod}
+
+
+def with_checked_method(config: Config) -> Config:
+    """The config with the method's options checked and complete. Raises ConfigError."""
+    method = METHODS.get(config.method)
+    if method is None:
+        raise ConfigError(f"method: {config.method!r} is not known; use one of {', '.join(METHODS)}")
+    if method.needs_anchors and not config.anchors:
+        raise ConfigError(f"anchors: method {config.method} learns from anchors; add at least one")
+    options = parse_section(method.Options, config.options, f"options of method {config.method}")
+    return config.model_copy(update={"options": options.model_dump(mode="json")})

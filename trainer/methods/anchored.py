@@ -9,28 +9,25 @@ over the first `loss.ramp_steps` steps on a half cosine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from anchor_service.pool import AnchorPool
 from shared.config import Config
 from shared.errors import NonFiniteError
-from shared.messages import ReadReply
+from shared.messages import Gradient
 from shared.vlm import ImageTokens, nearly_square, pooled_image_tokens
 from trainer.bridge import AnchorBridge, PendingRead
+from trainer.data.records import Record
 from trainer.data.sampling import Batch
+from trainer.evaluation.reading import mean_nll
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 from trainer.losses import ConceptHead, concept_loss, half_cosine, nll_multi, norm_loss
-
-
-@dataclass(frozen=True, slots=True)
-class LossParts:
-    """A loss to call backward on, its terms in nats or as stated in `trainer.losses`, and the anchors' replies."""
-
-    total: Tensor
-    terms: dict[str, float]
-    replies: dict[str, ReadReply]
+from trainer.methods.base import LossParts, Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +39,26 @@ class Emitted:
     read: PendingRead
 
 
-class AnchoredMethod:
+class AnchoredMethod(Method):
     """Generator → latents → bridge → loss. Holds the concept head, the only extra weights."""
 
-    def __init__(self, config: Config, generator: Generator, bridge: AnchorBridge, image_norm: float):
-        self._config = config
-        self._generator = generator
-        self._bridge = bridge
-        self._image_norm = image_norm
+    def __init__(self, config: Config, generator: Generator, pool: AnchorPool):
+        super().__init__(config, generator, pool)
+        self._bridge = AnchorBridge(pool, Gradient(config.pool.mode), config.pool.count_end_of_turn)
+        self._image_norm = mean_image_norm(pool)
         torch.manual_seed(config.train.seed)
         self.head = ConceptHead(generator.model.width).to(generator.model.device)
 
     @property
     def extra_modules(self) -> nn.Module:
-        """Modules that train beside the generator and are saved with the trainer state."""
         return self.head
 
-    def emit(self, batch: Batch, tokens: ImageTokens) -> Emitted:
+    def prepare(self, features: ImageFeatures, records: Sequence[Record]) -> None:
+        """Give the latents the length of the anchors' visual tokens."""
+        if self._config.generator.calibrate_norm:
+            self._generator.calibrate_norm(features.of_records(records), self._image_norm)
+
+    def emit(self, batch: Batch, tokens: ImageTokens, step: int) -> Emitted:
         """Write the latents of one batch and send them to the anchors. Raises NonFiniteError naming records."""
         latents_BKD = self._generator.emit(tokens)
         _check_finite(latents_BKD, batch)
@@ -82,6 +82,18 @@ class AnchoredMethod:
         terms = {f"nll/{name}": v for name, v in zip(read.replies, read.nll_RB.mean(1).tolist(), strict=True)}
         terms |= {"nll": nll.item(), "concept": concept.item(), "norm": norm.item(), "loss": total.item()}
         return LossParts(total, terms, read.replies)
+
+    def validation_nll(self, features: ImageFeatures, records: Sequence[Record]) -> float:
+        """Mean NLL over anchors, weighted as in training."""
+        nll = mean_nll(self._generator, features, self._pool, records, self._config)
+        weights = self._pool.weights()
+        return sum(weights[name] * value for name, value in nll.items())
+
+
+def mean_image_norm(pool: AnchorPool) -> float:
+    """μ of the norm loss: the mean L2 norm of visual tokens, over the anchors."""
+    norms = [h.image_norm for h in pool.handshakes.values() if h.image_norm is not None]
+    return sum(norms) / len(norms)
 
 
 def _check_finite(latents_BKD: Tensor, batch: Batch) -> None:

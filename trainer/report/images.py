@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -46,7 +47,7 @@ def gallery(failures: Sequence[Failure]) -> list[GalleryCard]:
 def _attention_picture(index: int, record: Record, map_KIJ: np.ndarray, rule: AttentionRule) -> Picture:
     shown = map_KIJ[:_MOST_LATENTS]
     heats = {"mean": map_KIJ.mean(axis=0)} | {f"latent {k}": heat_IJ for k, heat_IJ in enumerate(shown)}
-    image = record.load_image()
+    (image,) = record.load_images()
     rows, columns = map_KIJ.shape[1:]
     on_image = map_KIJ.sum(axis=(1, 2))
     row, column = np.unravel_index(heats["mean"].argmax(), (rows, columns))
@@ -62,12 +63,20 @@ def _attention_picture(index: int, record: Record, map_KIJ: np.ndarray, rule: At
     )
 
 
+def _rgb(path: Path) -> Image.Image:
+    with Image.open(path) as opened:
+        return opened.convert("RGB")
+
+
 def _thumbnail(failure: Failure) -> bytes | None:
+    """The images side by side, enlarged or made smaller to the width of a card; None if one cannot be read."""
     try:
-        with Image.open(failure.image) as opened:
-            image = opened.convert("RGB")
+        images = [_rgb(path) for path in failure.images]
     except (OSError, ValueError, SyntaxError):
         return None
+    image = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)), "white")
+    for n, part in enumerate(images):
+        image.paste(part, (sum(i.width for i in images[:n]), 0))
     scale = _CARD_PX / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)

@@ -135,7 +135,7 @@ class Failure(Part):
     """One question of the gallery with every anchor's answer."""
 
     record: str
-    image: Path
+    images: list[Path]
     question: str
     kind: str
     gold: str

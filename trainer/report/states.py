@@ -25,6 +25,7 @@ from trainer.data.records import Record
 from trainer.evaluation.reading import batched
 from trainer.evaluation.suites import answer_states
 from trainer.generator import Generator
+from trainer.image_features import ImageFeatures
 from trainer.report.attention import AttentionRule, attention_map, latent_attention
 
 _STATE_IMAGES = 64
@@ -37,7 +38,8 @@ class States:
     """Of the first test images.
 
     points_ND: plain states (N, D) by name. norms_L: mean norm of the generator's hidden states by kind of position,
-    from the input embeddings (0) to the last layer. attention: records with their maps (K, I, J).
+    from the input embeddings (0) to the last layer. attention: records with their maps (K, I, J). Norms and attention
+    are those of records with one image.
     """
 
     points_ND: dict[str, np.ndarray]
@@ -56,27 +58,27 @@ def measure_states(config: Config, rule: AttentionRule) -> States:
         raise CheckpointError(f"{config.run.dir}: no checkpoint is left to take states from")
     generator = Generator(config.generator, config.train.seed)
     generator.load_adapter(checkpoint.folder)
-    images = [record.load_image() for record in records]
-    attentions = latent_attention(generator, images[:_ATTENTION_IMAGES])
+    single = [record for record in records if len(record.images) == 1][:_NORM_IMAGES]
+    images = [image for record in single for image in record.load_images()]
+    attentions = latent_attention(generator, images[:_ATTENTION_IMAGES]) if images else []
     maps = [attention_map(attention, rule).numpy() for attention in attentions]
     return States(
-        points_ND=_points(generator, config, records, images),
-        norms_L=hidden_norms(generator, images[:_NORM_IMAGES]),
-        attention=list(zip(records, maps, strict=False)),
+        points_ND=_points(generator, config, records),
+        norms_L=hidden_norms(generator, images) if images else {},
+        attention=list(zip(single, maps, strict=False)),
     )
 
 
 @torch.no_grad()
-def _points(
-    generator: Generator, config: Config, records: Sequence[Record], images: Sequence[Image.Image]
-) -> dict[str, np.ndarray]:
+def _points(generator: Generator, config: Config, records: Sequence[Record]) -> dict[str, np.ndarray]:
     """All latents; each image's mean image token; where each first answer is predicted by a reader of the latents."""
     generator.train(False)
     latents, image_tokens, text = [], [], []
-    for chunk in batched(zip(records, images, strict=True), config.evaluation.batch_images):
-        tokens = generator.image_tokens_from(generator.model.image_inputs([image for _, image in chunk]))
+    features = ImageFeatures(generator, None)
+    for chunk in batched(records, config.evaluation.batch_images):
+        tokens = features.of_records(chunk)
         latents_BKD = generator.emit(tokens)
-        questions = [record.questions[0].message for record, _ in chunk]
+        questions = [record.questions[0].message for record in chunk]
         latents.append(latents_BKD.flatten(0, 1))
         image_tokens += [tokens_ID.mean(dim=0, keepdim=True) for tokens_ID in tokens.tokens]
         text.append(answer_states(generator, config, latents_BKD, questions))

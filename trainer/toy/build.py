@@ -86,7 +86,7 @@ class PixelStore:
         self._image_inputs = model.family.image_inputs
         parts: dict[str, list[Tensor]] = {name: [] for name in self._image_inputs}
         for start in range(0, len(records), _PIXEL_CHUNK):
-            images = [record.load_image() for record in records[start : start + _PIXEL_CHUNK]]
+            images = [image for record in records[start : start + _PIXEL_CHUNK] for image in record.load_images()]
             inputs = model.image_inputs(images)
             for name in self._image_inputs:
                 # Qwen lays the patches of all images out in one dimension; here all images have as many.
@@ -126,10 +126,10 @@ def batches(
             yield indices, questions
 
 
-def without_some_images(tokens: ImageTokens, rng: np.random.Generator) -> tuple[list[Media], Tensor]:
+def without_some_images(tokens: ImageTokens, rng: np.random.Generator) -> tuple[list[list[Media]], Tensor]:
     """Media with a share of the images left out, and the embeddings of the others."""
     kept = rng.random(len(tokens.tokens)) >= _NO_IMAGE_SHARE
-    media = [medium if keep else Media(0) for medium, keep in zip(tokens.media, kept, strict=True)]
+    media = [row if keep else [] for row, keep in zip(tokens.media, kept, strict=True)]
     shown = [token for token, keep in zip(tokens.tokens, kept, strict=True) if keep]
     return media, torch.cat(shown)
 
@@ -180,7 +180,8 @@ def accuracy(model: VisionLanguageModel, records: Sequence[Record], with_image: 
     for start in range(0, len(records), _BATCH_IMAGES):
         chunk = records[start : start + _BATCH_IMAGES]
         questions = [[q.message for q in record.questions] for record in chunk]
-        media, media_ID = [Media(0)] * len(chunk), None
+        media: list[list[Media]] = [[]] * len(chunk)
+        media_ID = None
         if pixels is not None:
             tokens = model.image_tokens_from(pixels.batch(np.arange(start, start + len(chunk))))
             media, media_ID = tokens.media, torch.cat(tokens.tokens)

@@ -1,7 +1,7 @@
 """A benchmark read by anchors: each candidate answer is scored by its likelihood, from latents and from the image.
 
 No decoding and no parsing: the candidate with the highest log-probability is the answer. Records that this cannot
-answer (several images, or no candidates) are left out and counted.
+answer (no candidates) are left out and counted.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ def read_benchmark(
     Raises DataError where no record can be answered by likelihood.
     """
     records = load_benchmark(name, folder)
-    usable = [record for record in records if len(record.images) == 1 and record.candidates]
+    usable = [record for record in records if record.candidates]
     predictions: dict[str, dict[str, dict[str, str]]] = {
         anchor: {"latents": {}, "ceiling": {}} for anchor in pool.names
     }
     for chunk in batched(usable, batch_images):
-        images = [record.images[0].load() for record in chunk]
+        rows = [[image.load() for image in record.images] for record in chunk]
         questions = [[Question(record.prompt, candidate) for candidate in record.candidates] for record in chunk]
-        latents_BKD = latents_of_images(generator, images, batch_images)
+        latents_BKD = latents_of_images(generator, rows, batch_images)
         request = ReadRequest(pool.new_request_id(), questions, latents_BKD)
         replies = {
             "latents": pool.read(dict.fromkeys(pool.names, request)),
-            "ceiling": pool.read_images([_encoded(image) for image in images], questions, pool.names),
+            "ceiling": pool.read_images(
+                [[_encoded(image) for image in images] for images in rows], questions, pool.names
+            ),
         }
         for condition, by_anchor in replies.items():
             for anchor, reply in by_anchor.items():

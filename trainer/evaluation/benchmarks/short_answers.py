@@ -90,9 +90,10 @@ def gqa(row: Row, folder: Path) -> Iterator[BenchmarkRecord]:
 def clevr_rows(folder: Path) -> Iterator[Row]:
     """One row per question of the val split; see `clevr`."""
     for record in load_clevr(folder, "val"):
+        (image,) = record.images
         for number, question in enumerate(record.questions):
             fields = {"id": f"{record.record_id}/{number}", "question": question.text, "answer": question.answer}
-            yield Row({**fields, "image": record.image_path, "kind": question.kind}, f"{record.image_path}: {number}")
+            yield Row({**fields, "image": Path(str(image)), "kind": question.kind}, f"{image}: {number}")
 
 
 def clevr(row: Row, _folder: Path) -> Iterator[BenchmarkRecord]:
