@@ -19,7 +19,7 @@ def test_a_run_with_every_suite_lacks_nothing(toy_folder: Path, tmp_path: Path) 
     tree["evaluation"] |= {"benchmarks": {"pope": str(tmp_path / "pope")}, "transfer": [reader]}
     config = parse_config(tree, "test")
     records = load_records(config.data, config.data.test_split)
-    write_pope(tmp_path / "pope", [record.images for record in records])
+    write_pope(tmp_path / "pope", [Path(str(record.images[0])) for record in records])
     train_run(config, resume=False)
     evaluate_run(config, QUIET, tuple(SUITES))
 

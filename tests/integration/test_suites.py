@@ -136,7 +136,7 @@ def write_pope(folder: Path, images: list[Path]) -> None:
 def test_a_benchmark_is_answered_by_likelihood(toy_folder: Path, trained: Path, tmp_path: Path) -> None:
     """Against readings of one candidate at a time."""
     records = load_clevr(toy_folder / "data", "test")
-    write_pope(tmp_path / "pope", [record.images for record in records])
+    write_pope(tmp_path / "pope", [Path(str(record.images[0])) for record in records])
     tree = config_of(toy_folder, trained).model_dump(mode="json")
     tree["evaluation"]["benchmarks"] = {"pope": str(tmp_path / "pope")}
     config = parse_config(tree, "test")

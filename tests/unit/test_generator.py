@@ -34,16 +34,16 @@ def disturb(generator: Generator) -> None:
             parameter += 0.3 * torch.randn(parameter.shape, generator=noise)
 
 
-def plain_latents(generator: Generator, picture, n_image_tokens: int, words_after: str) -> Tensor:
-    """(K, D) through the adapted model's own forward with input_ids, new rows embedded by peft."""
+def plain_latents(generator: Generator, row, n_image_tokens, words_after: str) -> Tensor:
+    """(K, D) of a row of pictures through the adapted model's own forward with input_ids, new rows embedded by peft."""
     model = generator.model
     tokenizer = model.processor.tokenizer
-    prompt_ids = plain_prompt(model, Question("?", "yes"), n_image_tokens).input_ids[0].tolist()
+    prompt_ids = plain_prompt(model, Question("?", "yes"), *n_image_tokens).input_ids[0].tolist()
     question_at = len(prompt_ids) - prompt_ids[::-1].index(tokenizer.convert_tokens_to_ids("?")) - 1
     latent_tokens = "".join([LATENT_START, *(f"<|latent_{k}|>" for k in range(K)), LATENT_END])
     latent_ids = tokenizer(latent_tokens + words_after, add_special_tokens=False)["input_ids"]
     ids = torch.tensor([prompt_ids[:question_at] + latent_ids])
-    images = [[picture]] if model.family.name == "idefics3" else [picture]
+    images = [row] if model.family.name == "idefics3" else row
     inputs = dict(model.processor.image_processor(images=images, return_tensors="pt"))
     inputs = {name: value for name, value in inputs.items() if name not in ("rows", "cols")}
     if model.family.uses_mrope:
@@ -63,12 +63,29 @@ def test_emit_equals_the_ordinary_forward(tiny_folder, pictures, family):
     latents_BKD = generator.emit(tokens)
     assert latents_BKD.shape == (len(pictures), K, WIDTH)
     for b, picture in enumerate(pictures):
-        reference = plain_latents(generator, picture, len(tokens.tokens[b]), words_after="")
+        reference = plain_latents(generator, [picture], [len(tokens.tokens[b])], words_after="")
         assert max_relative_error(latents_BKD[b], reference) <= 1e-5
         # What comes after the latents, such as a question, cannot change them.
-        asked = plain_latents(generator, picture, len(tokens.tokens[b]), "what color is the red square?")
+        asked = plain_latents(generator, [picture], [len(tokens.tokens[b])], "what color is the red square?")
         assert max_relative_error(latents_BKD[b], asked) <= 1e-5
     assert max_relative_error(latents_BKD[1], latents_BKD[0]) > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@torch.no_grad()
+def test_latents_of_several_images_equal_the_ordinary_forward(tiny_folder, pictures, family):
+    """Rows of one and of three images, in one batch."""
+    generator = make_generator(tiny_folder(family))
+    disturb(generator)
+    generator.train(False)
+    shown = [pictures[1:2], [pictures[2], pictures[0], pictures[1]]]
+    inputs = generator.model.image_inputs([picture for row in shown for picture in row])
+    tokens = generator.image_tokens_from(inputs).in_rows([1, 3])
+    latents_BKD = generator.emit(tokens)
+    assert latents_BKD.shape == (2, K, WIDTH)
+    for b, images in enumerate(tokens.rows):
+        reference = plain_latents(generator, shown[b], [len(t) for t in tokens.tokens[images]], words_after="")
+        assert max_relative_error(latents_BKD[b], reference) <= 1e-5
 
 
 def test_gradients_reach_lora_and_token_rows_as_in_the_ordinary_forward(tiny_folder, pictures):
@@ -77,7 +94,7 @@ def test_gradients_reach_lora_and_token_rows_as_in_the_ordinary_forward(tiny_fol
     tokens = generator.image_tokens_from(generator.model.image_inputs(pictures[:1]))
     weights_KD = torch.randn(K, WIDTH, generator=torch.Generator().manual_seed(4))
     gradients = torch.autograd.grad((generator.emit(tokens)[0] * weights_KD).sum(), generator.parameters())
-    plain = plain_latents(generator, pictures[0], len(tokens.tokens[0]), "")
+    plain = plain_latents(generator, pictures[:1], [len(tokens.tokens[0])], "")
     references = torch.autograd.grad((plain * weights_KD).sum(), generator.parameters())
     for gradient, reference in zip(gradients, references, strict=True):
         assert reference.abs().max() > 1e-4

@@ -88,6 +88,18 @@ def test_pooled_image_tokens(n_latents, cells):
             torch.testing.assert_close(pooled_BKD[b, k], sum(own) / len(own))
 
 
+def test_several_images_of_a_row_are_pooled_as_one_picture():
+    """Two images, 2×2 and 4×4, side by side as a 2×4 picture; its halves are the images where columns allow."""
+    tokens = ImageTokens([noise(4, 2), noise(16, 2, seed=1), noise(4, 2, seed=2)], [(2, 2), (4, 4), (2, 2)])
+    pooled_BKD = pooled_image_tokens(tokens.in_rows([2, 1]), (2, 2))
+    each = [
+        pooled_image_tokens(ImageTokens([t], [g]), (2, 2))[0] for t, g in zip(tokens.tokens, tokens.grids, strict=True)
+    ]
+    rows = [[each[0][2 * r : 2 * r + 2].mean(0), each[1][2 * r : 2 * r + 2].mean(0)] for r in range(2)]
+    torch.testing.assert_close(pooled_BKD[0], torch.stack([half for row in rows for half in row]))
+    torch.testing.assert_close(pooled_BKD[1], each[2])
+
+
 def test_pooling_without_a_grid():
     square = ImageTokens([noise(9, 2)], [None])
     torch.testing.assert_close(pooled_image_tokens(square, (3, 3))[0], square.tokens[0])
