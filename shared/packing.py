@@ -35,11 +35,13 @@ Value = TypeVar("Value")
 class Branch:
     """Token ids of one question with its answer, from the end of the media to the end of turn.
 
-    token_ids[answer_start:] are the answer tokens followed by the one end-of-turn token.
+    token_ids[answer_start:] are the answer tokens followed by the one end-of-turn token. header_start: where the
+    question has ended, and what the template puts before an answer begins; 0 where nobody asks.
     """
 
     token_ids: tuple[int, ...]
     answer_start: int
+    header_start: int = 0
 
     @property
     def n_answer(self) -> int:

@@ -48,7 +48,7 @@ def train(
     from trainer.data import prepare_data
     from trainer.evaluation.run import evaluate_run, run_config
     from trainer.loop import train_run
-    from trainer.methods import with_checked_method
+    from trainer.methods import chosen_suites, with_checked_method
 
     console = Console()
     if (config is None) == (resume is None):
@@ -64,7 +64,7 @@ def train(
     with ray_if_needed(resolved, anchors):
         finished = train_run(resolved, resume=resume is not None)
         if finished and evaluate_after:
-            evaluate_run(resolved, console)
+            evaluate_run(resolved, console, chosen_suites(resolved, None))
     console.print(f"run folder: {resolved.run.dir}", highlight=False)
 
 
@@ -77,6 +77,7 @@ class Suite(enum.StrEnum):
     GEOMETRY = "geometry"
     TRANSFER = "transfer"
     BENCHMARKS = "benchmarks"
+    USAGE = "usage"
     ALL = "all"
 
 
@@ -84,7 +85,7 @@ class Suite(enum.StrEnum):
 @friendly_errors
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder that train wrote.")],
-    suite: Annotated[Suite, typer.Option(help="What to measure.")] = Suite.READING,
+    suite: Annotated[Suite | None, typer.Option(help="What to measure; by default the method's first suite.")] = None,
     anchors: Annotated[str, typer.Option(help="Comma-separated anchors of the run; empty: all, unseen ones too.")] = "",
     against: Annotated[Path | None, typer.Option(help="Another run: how alike its latents are (linear CKA).")] = None,
 ) -> None:
@@ -95,6 +96,9 @@ def evaluate(
     with a verdict. controls: the image is replaced or disturbed. geometry: how the latents lie, slot by slot.
     transfer: readers of another family, through a projector fitted on training images (evaluation.transfer).
     benchmarks: public benchmarks from local files (evaluation.benchmarks), answers by likelihood, official metrics.
+    usage: of models that answer by themselves: without latents, behind the bottleneck, with other images' latents.
+    all: every suite that the run's method has.
+
     All with 95 % intervals over images. Writes RUN/evaluation.json; goes on where it was interrupted.
 
     Examples:
@@ -106,13 +110,14 @@ def evaluate(
     from anchor_service.cluster import ray_if_needed
     from trainer.data import prepare_data
     from trainer.evaluation.run import chosen_anchors, evaluate_run, run_config
+    from trainer.methods import chosen_suites
 
     console = Console()
     config = run_config(run)
-    suites = [s.value for s in Suite if s is not Suite.ALL] if suite is Suite.ALL else [suite.value]
+    suites = chosen_suites(config, suite)
     names = [name for name in anchors.split(",") if name]
     prepare_data(config.data, console)
-    readers = config.evaluation.transfer if Suite.TRANSFER in suites else ()
+    readers = config.evaluation.transfer if "transfer" in suites else ()
     with ray_if_needed(config, (*chosen_anchors(config, names), *readers)):
         evaluate_run(config, console, suites, names, against)
 

@@ -28,11 +28,12 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import Cache
 
 from shared.config import GeneratorConfig
 from shared.errors import CheckpointError
 from shared.messages import PROTOCOL_VERSION, Handshake
-from shared.packing import Branch, block_mask, pack_rows
+from shared.packing import Branch, PackedRows, block_mask, pack_rows
 from shared.vlm import ImageTokens, load_vlm
 
 _SCALE_FILE = "latents.json"
@@ -97,29 +98,37 @@ class Generator:
 
     def emit(self, tokens: ImageTokens) -> Tensor:
         """Latents (B, K, D) of each row's images, in the dtype of the base weights; differentiable, in tokens too."""
-        start = self.token_ids[0]
         prompt, media = self.model.prompt, tokens.media
         branch = Branch((*prompt.after_image_ids, *self.token_ids), len(prompt.after_image_ids) + 2)
         rows = pack_rows(prompt.prefix_ids, media, [[branch]] * len(media), prompt.between_images_ids)
         rows = rows.to(self.model.device)
+        hidden_BTD = self.hidden_states(rows, tokens, block_mask(rows.segments_BT))
+        latents_ND = hidden_BTD[rows.predict_N2[:, 0], rows.predict_N2[:, 1]]
+        return (self.output_scale * latents_ND).unflatten(0, (-1, self.n_latents)).to(self.model.dtype)
+
+    def hidden_states(
+        self, rows: PackedRows, tokens: ImageTokens, mask_B1TS: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """(B, T, D) last hidden states of rows that may hold latent tokens, under an explicit mask.
+
+        cache: receives keys and values, or gives those that stand before the rows' columns.
+        """
+        start = self.token_ids[0]
         is_new_BT = (rows.token_ids_BT >= start) & (rows.token_ids_BT < start + 1 + self.n_latents)
         # The new rows are put in here instead of by the wrapped embedding, which would copy the whole matrix.
         base_ids_BT = rows.token_ids_BT.masked_fill(is_new_BT, 0)
         with torch.no_grad():
             embeds_BTD = self._embedding().token_adapter.base_layer(base_ids_BT)
-        media_ID = torch.cat(tokens.tokens).to(embeds_BTD.dtype)
-        embeds_BTD = embeds_BTD.masked_scatter(rows.media_BT.unsqueeze(-1), media_ID)
+        if tokens.tokens:
+            media_ID = torch.cat(tokens.tokens).to(embeds_BTD.dtype)
+            embeds_BTD = embeds_BTD.masked_scatter(rows.media_BT.unsqueeze(-1), media_ID)
         new_BTD = self._token_rows()[(rows.token_ids_BT - start).clamp(0, self.n_latents)].to(embeds_BTD.dtype)
         embeds_BTD = torch.where(is_new_BT.unsqueeze(-1), new_BTD, embeds_BTD)
-        extra = {}
+        extra: dict[str, Any] = {"past_key_values": cache}
         if tokens.deepstack:
-            extra = {"visual_pos_masks": rows.media_BT, "deepstack_visual_embeds": tokens.deepstack}
+            extra |= {"visual_pos_masks": rows.media_BT, "deepstack_visual_embeds": tokens.deepstack}
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            hidden_BTD = self.model.decode_embeddings(
-                embeds_BTD, block_mask(rows.segments_BT), rows.positions_3BT, **extra
-            )
-        latents_ND = hidden_BTD[rows.predict_N2[:, 0], rows.predict_N2[:, 1]]
-        return (self.output_scale * latents_ND).unflatten(0, (-1, self.n_latents)).to(self.model.dtype)
+            return self.model.decode_embeddings(embeds_BTD, mask_B1TS, rows.positions_3BT, **extra)
 
     @torch.no_grad()
     def calibrate_norm(self, tokens: ImageTokens, target_norm: float) -> None:

@@ -76,6 +76,8 @@ class Trainer:
         started = time.perf_counter()
         parts = self._prepared(step)
         waited = time.perf_counter() - started
+        if self.method.starts_stage(step):
+            self.optimizer.state.clear()
         share = self.method.lr_share(step)
         for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base_lr * share

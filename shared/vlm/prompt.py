@@ -91,6 +91,8 @@ class Prompt:
             questions, heads, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             answer_begin, answer_end = len(head), len(head) + len(question.answer)
+            question_end = answer_begin - len(self._header)
+            header_start = next((i for i, (_, end) in enumerate(offsets) if end > question_end), len(ids))
             start = next((i for i, (_, end) in enumerate(offsets) if end > answer_begin), len(ids))
             stop = next((i for i, (begin, _) in enumerate(offsets) if begin >= answer_end), len(ids))
             if stop <= start or not question.answer.strip():
@@ -99,7 +101,7 @@ class Prompt:
                 )
             if stop == len(ids):
                 raise ModelError("the chat template ends no turn after an answer; give the tokenizer an eos_token")
-            branches.append(Branch(tuple(ids[: stop + 1]), start))
+            branches.append(Branch(tuple(ids[: stop + 1]), start, header_start))
         return branches
 
     def _encode(self, text: str) -> list[int]:

@@ -28,6 +28,7 @@ class LengthMethod(Method):
 
     Options = LengthOptions
     needs_anchors = False
+    suites = ()
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)

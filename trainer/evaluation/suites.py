@@ -6,6 +6,7 @@
     geometry   how the latents lie, what each slot is worth, what a linear probe reads from them
     transfer   readers of another family and width, through a closed-form projector
     benchmarks public benchmarks from local files, with their official metrics
+    usage      models that answer by themselves: without latents, behind the bottleneck, with other images' latents
 
 Figures of causal and controls are over the kinds of question that were trained on, as in the headline of reading.
 
@@ -39,6 +40,7 @@ from trainer.evaluation.perturbations import mismatched, perturbations
 from trainer.evaluation.pgd import adversarial_latents
 from trainer.evaluation.probe import linear_probes
 from trainer.evaluation.reading import (
+    Outcome,
     Outcomes,
     Reader,
     batched,
@@ -51,9 +53,11 @@ from trainer.evaluation.reading import (
 )
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
 from trainer.evaluation.transfer import FIT_IMAGES, read_through_projectors
+from trainer.evaluation.usage import SelfReading
 from trainer.evaluation.verdict import VERDICT_TESTS, lost_share, paired_differences, verdict
 from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
+from trainer.methods.livr import livr_reader
 
 Track = Callable[[Iterable[str], str, int], Iterable[str]]
 """Iterates with a progress bar: names, of what, how many."""
@@ -239,6 +243,34 @@ def against(s: Session, other: Session) -> dict[str, Any]:
     return section
 
 
+def usage_suite(s: Session) -> dict[str, Any]:
+    """By condition of `trainer.evaluation.usage`: accuracy, NLL and the change from `normal`, in all and by kind."""
+    reading = SelfReading(
+        livr_reader(s.config, s.generator), s.features, s.records, s.config.evaluation.batch_images, s.config.train.seed
+    )
+    outcomes = {name: reading.read(name) for name in s.track(reading.conditions, "usage", len(reading.conditions))}
+    images_N = np.repeat(np.arange(len(s.records)), [len(record.questions) for record in s.records])
+    kinds_N = np.array([question.kind for record in s.records for question in record.questions])
+
+    def figures(chosen_N: np.ndarray) -> dict[str, Any]:
+        normal = outcomes["normal"].select(chosen_N)
+        return {
+            name: {
+                figure: value.to_json()
+                for figure, value in _changes(s.bootstrap, images_N[chosen_N], normal, o.select(chosen_N)).items()
+            }
+            for name, o in outcomes.items()
+        }
+
+    held_out_N = np.isin(kinds_N, s.config.data.held_out_kinds)
+    section: dict[str, Any] = {"conditions": figures(~held_out_N)}
+    section["kinds"] = {str(kind): figures(kinds_N == kind) for kind in np.unique(kinds_N)}
+    if reading.reader.options.latents:
+        shares = s.bootstrap.per_image(images_N, reading.attention_to_latents())
+        section["attention_to_latents"] = s.bootstrap.mean(*shares).to_json()
+    return section
+
+
 SUITES: dict[str, Callable[[Session], dict[str, Any]]] = {
     "reading": reading_suite,
     "causal": causal_suite,
@@ -246,6 +278,7 @@ SUITES: dict[str, Callable[[Session], dict[str, Any]]] = {
     "geometry": geometry_suite,
     "transfer": transfer_suite,
     "benchmarks": benchmarks_suite,
+    "usage": usage_suite,
 }
 
 
@@ -270,15 +303,21 @@ def _against_latents(s: Session, changed: Outcomes, anchor: str) -> dict[str, An
     outcome, plain = changed[anchor].select(keep_N), s.conditions["latents"][anchor].select(keep_N)
     floor, ceiling = (s.conditions[c][anchor].select(keep_N) for c in ("floor", "ceiling"))
     parts = [s.bootstrap.per_image(images_N, o.hits_N) for o in (outcome, floor, ceiling)]
-    figures = {
-        "accuracy": s.bootstrap.mean(*parts[0]),
-        "nll": s.bootstrap.mean(*s.bootstrap.per_image(images_N, outcome.nll_N)),
-        "recovered_share": s.bootstrap.ratio(recovered_share, parts),
-    }
-    differences = paired_differences(s.bootstrap, images_N, plain, outcome)
-    names = {"accuracy": "delta_accuracy", "nll": "delta_nll", "flips": "flip_share"}
-    figures |= {names[name]: figure for name, figure in differences.items()}
+    figures = _changes(s.bootstrap, images_N, plain, outcome)
+    figures["recovered_share"] = s.bootstrap.ratio(recovered_share, parts)
     return {name: figure.to_json() for name, figure in figures.items()}
+
+
+def _changes(bootstrap: ImageBootstrap, images_N: np.ndarray, plain: Outcome, changed: Outcome) -> dict[str, Figure]:
+    """Accuracy and NLL, and their paired differences from the plain reading."""
+    differences = paired_differences(bootstrap, images_N, plain, changed)
+    return {
+        "accuracy": bootstrap.mean(*bootstrap.per_image(images_N, changed.hits_N)),
+        "nll": bootstrap.mean(*bootstrap.per_image(images_N, changed.nll_N)),
+        "delta_accuracy": differences["accuracy"],
+        "delta_nll": differences["nll"],
+        "flip_share": differences["flips"],
+    }
 
 
 def _lost_share(s: Session, swapped: Outcomes, anchor: str) -> Figure:

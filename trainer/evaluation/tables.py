@@ -20,6 +20,7 @@ def print_tables(result: dict[str, Any], sections: Sequence[str], console: Conso
         "geometry": print_geometry,
         "transfer": print_transfer,
         "benchmarks": print_benchmarks,
+        "usage": print_usage,
         "against": print_against,
     }
     for section in sections:
@@ -108,6 +109,23 @@ def print_benchmarks(result: dict[str, Any], console: Console) -> None:
             cells = ["–" if value is None else f"{value:.3f}" for value in values]
             table.add_row(benchmark, headline, anchor, *cells, str(figures["latents"]["n"]))
     console.print(table)
+
+
+def print_usage(result: dict[str, Any], console: Console) -> None:
+    """What latents and bottleneck do at test time, in all and by kind of question."""
+    section = result["usage"]
+    table = Table(title=f"Usage test on {result['images']} unseen records: exact match")
+    table.add_column("questions")
+    for condition in section["conditions"]:
+        table.add_column(condition.replace("_", " "), justify="right")
+    table.add_row("all (95 % interval)", *(_cell(figures["accuracy"]) for figures in section["conditions"].values()))
+    for kind, conditions in section["kinds"].items():
+        table.add_row(kind, *(_short(figures["accuracy"]) for figures in conditions.values()))
+    console.print(table)
+    if "attention_to_latents" in section:
+        console.print(
+            f"attention of the answer's first token to the latents: {_short(section['attention_to_latents'])}"
+        )
 
 
 def print_against(result: dict[str, Any], console: Console) -> None:

@@ -6,8 +6,9 @@ from shared.config import Config, parse_section
 from shared.errors import ConfigError
 from trainer.methods.anchored import AnchoredMethod
 from trainer.methods.base import Method
+from trainer.methods.livr import LivrMethod
 
-METHODS: dict[str, type[Method]] = {"anchored": AnchoredMethod}
+METHODS: dict[str, type[Method]] = {"anchored": AnchoredMethod, "livr": LivrMethod}
 
 
 def with_checked_method(config: Config) -> Config:
@@ -19,3 +20,13 @@ def with_checked_method(config: Config) -> Config:
         raise ConfigError(f"anchors: method {config.method} learns from anchors; add at least one")
     options = parse_section(method.Options, config.options, f"options of method {config.method}")
     return config.model_copy(update={"options": options.model_dump(mode="json")})
+
+
+def chosen_suites(config: Config, asked: str | None) -> list[str]:
+    """The suites of `evaluate`: the one asked for, all that the method has, or its first. Raises ConfigError."""
+    suites = METHODS[with_checked_method(config).method].suites
+    if asked == "all":
+        return list(suites)
+    if asked is not None and asked not in suites:
+        raise ConfigError(f"--suite {asked}: not for method {config.method}; use one of {', '.join(suites)}")
+    return [asked or suites[0]]

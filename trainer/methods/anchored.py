@@ -42,6 +42,8 @@ class Emitted:
 class AnchoredMethod(Method):
     """Generator → latents → bridge → loss. Holds the concept head, the only extra weights."""
 
+    suites = ("reading", "causal", "controls", "geometry", "transfer", "benchmarks")
+
     def __init__(self, config: Config, generator: Generator, pool: AnchorPool):
         super().__init__(config, generator, pool)
         self._bridge = AnchorBridge(pool, Gradient(config.pool.mode), config.pool.count_end_of_turn)

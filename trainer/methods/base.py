@@ -37,11 +37,13 @@ class Method(ABC):
     """One instance per run, owned by the main thread.
 
     Options: what `options` of the config may hold. needs_anchors: whether the loss asks anchors; a method whose
-    generator answers by itself may still have some.
+    generator answers by itself may still have some. suites: of `evaluate` that make sense for it; `train` ends with the
+    first.
     """
 
     Options: ClassVar[type[Section]] = NoOptions
     needs_anchors: ClassVar[bool] = True
+    suites: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: Config, generator: Generator, pool: AnchorPool):
         self._config = config
@@ -60,6 +62,10 @@ class Method(ABC):
         """Share of each group's learning rate at a step."""
         t = self._config.train
         return lr_share(step, t.steps, t.warmup_steps, t.final_lr_share)
+
+    def starts_stage(self, step: int) -> bool:
+        """Whether a stage of its own begins at a step: the optimizer forgets its moments."""
+        return False
 
     @abstractmethod
     def emit(self, batch: Batch, tokens: ImageTokens, step: int) -> Any:

@@ -3,23 +3,22 @@
 Only the latents' rows are computed, by an attention function that otherwise leaves the work to PyTorch's fused kernel:
 eager attention would keep a T×T matrix for every head and layer.
 
-Legend: B images, L layers, H heads, K latents, T row length, d width of a head.
+Legend: B images, L layers, K latents, T row length.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AttentionInterface
 
 from shared.errors import ModelError
+from trainer.attention import attention_of, last_queries
 from trainer.generator import Generator
 
 AttentionRule = Literal["mean", "last", "rollout"]
@@ -28,7 +27,6 @@ RULES: dict[AttentionRule, str] = {
     "last": "mean over the heads of the last layer",
     "rollout": "rollout over layers (Abnar & Zuidema 2020, mean over heads), in which only the latents' own rows mix",
 }
-_NAME = "sdpa_with_latent_rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ def latent_attention(generator: Generator, images: Sequence[Image.Image]) -> lis
         grid or _square(len(image_tokens), generator.model.path)
         for grid, image_tokens in zip(tokens.grids, tokens.tokens, strict=True)
     ]
-    with _last_rows(generator.model.decoder, generator.n_latents) as layers:
+    with attention_of(generator.model.decoder, last_queries(generator.n_latents)) as layers:
         generator.emit(tokens)
     weights_BLKT = torch.stack(layers, dim=1).float().cpu()
     first = len(generator.model.prompt.prefix_ids)
@@ -91,36 +89,6 @@ def _rollout(weights_LKT: Tensor) -> Tensor:
         others_KT[:, -n:] = 0
         rollout_KT = 0.5 * rollout_KT + 0.5 * (others_KT + weights_KT[:, -n:] @ rollout_KT)
     return rollout_KT
-
-
-@contextlib.contextmanager
-def _last_rows(decoder: Any, n: int) -> Iterator[list[Tensor]]:
-    """Collects, layer by layer, what the last n queries of a decoder attend to: (B, n, T), averaged over heads."""
-    layers: list[Tensor] = []
-    sdpa = AttentionInterface()["sdpa"]
-
-    def attend(
-        module: Any,
-        query_BHTd: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor,
-        *,
-        scaling: float,
-        **rest: Any,
-    ) -> Any:
-        key_BHTd = key.repeat_interleave(query_BHTd.shape[1] // key.shape[1], dim=1)
-        scores_BHnT = scaling * query_BHTd[:, :, -n:] @ key_BHTd.mT
-        scores_BHnT = scores_BHnT.masked_fill(~attention_mask[:, :, -n:], -math.inf)
-        layers.append(scores_BHnT.float().softmax(dim=-1).mean(dim=1))
-        return sdpa(module, query_BHTd, key, value, attention_mask, scaling=scaling, **rest)
-
-    AttentionInterface.register(_NAME, attend)
-    decoder.set_attn_implementation(_NAME)
-    try:
-        yield layers
-    finally:
-        decoder.set_attn_implementation("sdpa")
 
 
 def _square(n_tokens: int, model: str) -> tuple[int, int]:
