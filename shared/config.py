@@ -122,8 +122,8 @@ class FeatureCacheConfig(Section):
 class DataConfig(Section):
     """What is looked at and asked about."""
 
-    source: Literal["clevr", "toy"] = "clevr"
-    path: Path = Field(description="Folder in the CLEVR v1.0 layout; source toy writes it if it is absent.")
+    source: Literal["clevr", "toy", "jsonl"] = "clevr"
+    path: Path = Field(description="Folder in the source's layout; source toy writes it if it is absent.")
     train_split: str = "train"
     val_split: str = "val"
     test_split: str = "test"

@@ -16,6 +16,7 @@ from shared.errors import DataError
 from shared.messages import Question
 from shared.vlm import Prompt
 from trainer.data.clevr import OnError, load_clevr
+from trainer.data.jsonl import load_jsonl
 from trainer.data.records import Record
 from trainer.data.sampling import shuffled_pairs, without_kinds
 from trainer.toy.dataset import ensure_toy_data
@@ -63,12 +64,13 @@ def load_records(config: DataConfig, split: str, prompt: Prompt | None = None) -
     prompt: whose tokenizer every answer must have tokens in, if one is given.
     """
     policy = ErrorPolicy(config.on_error)
-    records = load_clevr(config.path, split, policy)
+    load = load_jsonl if config.source == "jsonl" else load_clevr
+    records: Sequence[Record] = load(config.path, split, policy)
     if prompt is not None:
         records = with_tokens(records, prompt, policy)
     if policy.count:
         log.warning("%s/%s: %d damaged records skipped, %d kept", config.path, split, policy.count, len(records))
-    return records
+    return list(records)
 
 
 def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None) -> list[Record]:

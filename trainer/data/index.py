@@ -1,0 +1,164 @@
+"""Records of a split as a sequence that builds each one when it is asked for.
+
+What stays in memory is a few arrays: per question its record, kind and answer as numbers, so that questions can be
+chosen and counted without reading a file. Letters: N records, Q questions.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import overload
+
+import numpy as np
+
+from shared.errors import DataError
+from trainer.data.records import KindQuestion, Record
+
+
+class Texts:
+    """A column of texts that repeat, as numbers of distinct ones."""
+
+    def __init__(self) -> None:
+        self._number: dict[str, int] = {}
+        self._numbers = array("i")
+
+    def append(self, text: str) -> None:
+        """Add a value."""
+        self._numbers.append(self._number.setdefault(text, len(self._number)))
+
+    def column(self) -> tuple[list[str], np.ndarray]:
+        """The distinct texts, and for every value which one it is."""
+        return list(self._number), np.array(self._numbers, dtype=np.int32)
+
+
+class QuestionColumns:
+    """Record, kind and answer of every question, in the order of the file."""
+
+    def __init__(self) -> None:
+        self._records = array("i")
+        self._kinds, self._answers = Texts(), Texts()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def append(self, record: int, question: KindQuestion) -> None:
+        """Add a question of a record, which is counted from 0."""
+        self._records.append(record)
+        self._kinds.append(question.kind)
+        self._answers.append(question.answer)
+
+    def by_record(self) -> np.ndarray:
+        """The order (Q,) in which the questions of a record stand together, records in ascending order."""
+        return np.argsort(np.array(self._records, dtype=np.int32), kind="stable")
+
+    def records(self, build: Callable[[int], Record], n_records: int) -> Records:
+        """The sequence of all records; build(n) gives record n with all its questions."""
+        order = self.by_record()
+        counts = np.bincount(np.array(self._records, dtype=np.int32), minlength=n_records)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        (kinds, kind_Q), (answers, answer_Q) = self._kinds.column(), self._answers.column()
+        every = np.arange(n_records)
+        index = _Index(build, starts, kinds, kind_Q[order], answers, answer_Q[order])
+        return Records(index, every, every, np.ones(len(order), dtype=bool))
+
+
+class _Index:
+    """What all views of a split share."""
+
+    def __init__(
+        self,
+        build: Callable[[int], Record],
+        starts: np.ndarray,
+        kinds: list[str],
+        kind_Q: np.ndarray,
+        answers: list[str],
+        answer_Q: np.ndarray,
+    ):
+        self.build, self.starts = build, starts
+        self.kinds, self.kind_Q = kinds, kind_Q
+        self.answers, self.answer_Q = answers, answer_Q
+
+
+class Records(Sequence[Record]):
+    """A view: which records, whose questions each of them has, which questions are left. Safe to read from any thread.
+
+    Reading a record raises DataError if its file has changed.
+    """
+
+    def __init__(self, index: _Index, rows_N: np.ndarray, asked_N: np.ndarray, kept_Q: np.ndarray):
+        self._index, self._rows_N, self._asked_N, self._kept_Q = index, rows_N, asked_N, kept_Q
+
+    def __len__(self) -> int:
+        return len(self._rows_N)
+
+    @overload
+    def __getitem__(self, place: int) -> Record: ...
+    @overload
+    def __getitem__(self, place: slice) -> Records: ...
+    def __getitem__(self, place: int | slice) -> Record | Records:
+        if isinstance(place, slice):
+            return self.take(np.arange(len(self))[place])
+        row, asked = int(self._rows_N[place]), int(self._asked_N[place])
+        record = self._index.build(row)
+        questions = record.questions if row == asked else self._index.build(asked).questions
+        kept = self._kept_Q[self._index.starts[asked] : self._index.starts[asked + 1]]
+        if len(questions) != len(kept):
+            raise DataError(f"{record.where}: record {record.record_id} has changed since it was indexed; start again")
+        return replace(record, questions=tuple(q for q, keep in zip(questions, kept, strict=True) if keep))
+
+    def take(self, places: np.ndarray) -> Records:
+        """The records at these places, in this order."""
+        return Records(self._index, self._rows_N[places], self._asked_N[places], self._kept_Q)
+
+    def with_questions_of(self, places: np.ndarray) -> Records:
+        """Every record n with the questions of the record at places[n] instead of its own."""
+        return Records(self._index, self._rows_N, self._asked_N[places], self._kept_Q)
+
+    def without_kinds(self, kinds: Collection[str]) -> Records:
+        """Without the questions of these kinds; records left with none are dropped."""
+        return self._without(np.isin(self._index.kind_Q, _numbers(self._index.kinds, kinds)))
+
+    def without_answers(self, answers: Collection[str]) -> Records:
+        """Without the questions with these answers; records left with none are dropped."""
+        return self._without(np.isin(self._index.answer_Q, _numbers(self._index.answers, answers)))
+
+    def places_of_answers(self, answers: Collection[str]) -> list[int]:
+        """Places of records that have such an answer, once for each of them."""
+        hit_Q = np.isin(self._index.answer_Q, _numbers(self._index.answers, answers)) & self._kept_Q
+        return [int(place) for place in np.repeat(np.arange(len(self)), self._per_record(hit_Q))]
+
+    def kinds(self) -> Counter[str]:
+        """How many questions of each kind there are."""
+        return self._count(self._index.kinds, self._index.kind_Q)
+
+    def answers(self, kind: str | None = None) -> Counter[str]:
+        """How many questions have each answer, of one kind or of all."""
+        of_kind = None if kind is None else self._index.kind_Q == self._index.kinds.index(kind)
+        return self._count(self._index.answers, self._index.answer_Q, of_kind)
+
+    def _without(self, dropped_Q: np.ndarray) -> Records:
+        kept_Q = self._kept_Q & ~dropped_Q
+        view = Records(self._index, self._rows_N, self._asked_N, kept_Q)
+        return view.take(np.flatnonzero(view._per_record(kept_Q)))
+
+    def _per_record(self, chosen_Q: np.ndarray) -> np.ndarray:
+        """How many of the chosen questions each record has."""
+        before = np.concatenate([[0], np.cumsum(chosen_Q)])
+        starts = self._index.starts
+        return before[starts[self._asked_N + 1]] - before[starts[self._asked_N]]
+
+    def _count(self, texts: list[str], number_Q: np.ndarray, of_kind_Q: np.ndarray | None = None) -> Counter[str]:
+        starts = self._index.starts
+        times = np.bincount(self._asked_N, minlength=len(starts) - 1)
+        weight_Q = np.repeat(times, np.diff(starts)) * self._kept_Q
+        if of_kind_Q is not None:
+            weight_Q = weight_Q * of_kind_Q
+        counts = np.bincount(number_Q, weights=weight_Q, minlength=len(texts))
+        return Counter({text: int(n) for text, n in zip(texts, counts, strict=True) if n})
+
+
+def _numbers(texts: list[str], wanted: Collection[str]) -> list[int]:
+    return [number for number, text in enumerate(texts) if text in wanted]
