@@ -249,7 +249,18 @@ class Config(Section):
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read, override and validate. Raises ConfigError with one line for each wrong field."""
+    """Read, override and validate. Raises ConfigError with one line for each wrong field.
+
+    `base: FILE` in a file, relative to it, takes over everything that the file itself does not say.
+    """
+    tree = _read_tree(path, ())
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def _read_tree(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
+    """A file over its base. derived: the files on the way here, which must not be met again."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -258,9 +269,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: the file must hold a mapping with sections such as run, generator, anchors")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, str(path))
+    if "base" not in tree:
+        return tree
+    base = path.parent / str(tree.pop("base"))
+    if base.resolve() in derived:
+        raise ConfigError(f"{path}: base: {base} leads back to itself; remove one of the links")
+    return _merged(_read_tree(base, (*derived, path.resolve())), tree)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def parse_config(tree: Any, source: str) -> Config:

@@ -21,10 +21,13 @@ def concept_loss(predicted_BKD: Tensor, target_BKD: Tensor) -> Tensor:
     return (1.0 - F.cosine_similarity(predicted_BKD.float(), target_BKD.float(), dim=-1)).mean()
 
 
-def norm_loss(latents_BKD: Tensor, target_norm: float) -> Tensor:
-    """mean((‖h_k‖ − μ)²) / μ², computed in float32; relative, so that its size does not depend on the model."""
+def norm_loss(latents_BKD: Tensor, target_norm: float | Tensor) -> Tensor:
+    """mean(((‖h_k‖ − μ) / μ)²), computed in float32; relative, so that its size does not depend on the model.
+
+    target_norm: μ, or one for each image (B, 1).
+    """
     norms_BK = latents_BKD.float().norm(dim=-1)
-    return ((norms_BK - target_norm) ** 2).mean() / target_norm**2
+    return (((norms_BK - target_norm) / target_norm) ** 2).mean()
 
 
 def half_cosine(step: int, n_steps: int, start: float, end: float) -> float:

@@ -15,7 +15,7 @@ from shared.config import Config, dump_config, load_config, parse_config
 from shared.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "deploy/configs").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "deploy/configs").rglob("*.yaml"))
 
 MINIMAL: dict[str, Any] = {
     "run": {"dir": "runs/x"},
@@ -43,7 +43,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("train.steps", "many", "f.yaml: train.steps: input should be a valid integer"),
         ("train.steps", "many", "got 'many'"),
         ("train.steps", 0, "f.yaml: train.steps: input should be greater than or equal to 1, got 0"),
-        ("data.source", "gqa", "f.yaml: data.source: input should be 'clevr' or 'toy', got 'gqa'"),
+        ("data.source", "gqa", "f.yaml: data.source: input should be 'clevr', 'toy' or 'jsonl', got 'gqa'"),
         ("anchors.0.name", "a b", "f.yaml: anchors.0.name: string should match pattern"),
         ("generator.dtype", "float64", "generator.dtype: float64 is for tests of anchors; use float32 or bfloat16"),
         ("train.microbatches", 3, "microbatches: 3 does not divide batch_images: 4; choose a divisor"),
@@ -195,3 +195,25 @@ def test_training_with_local_placements_needs_no_ray(tiny_folder, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().splitlines()[-1] == "2 False"
+
+
+def test_a_file_over_its_base(tmp_path):
+    """Mappings merge, everything else is replaced; the base may have a base, in another folder."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a.yaml").write_text(yaml.safe_dump({**MINIMAL, "train": {"steps": 7, "seed": 3}}))
+    (tmp_path / "b.yaml").write_text("base: below/a.yaml\ntrain: {steps: 8, betas: [0.5, 0.6]}\n")
+    (tmp_path / "c.yaml").write_text("base: b.yaml\ntrain: {batch_images: 2}\n")
+    config = load_config(tmp_path / "c.yaml", ["train.steps=9"])
+    assert (config.train.steps, config.train.seed, config.train.batch_images) == (9, 3, 2)
+    assert config.train.betas == (0.5, 0.6)
+    assert config.generator == load_config(tmp_path / "below" / "a.yaml").generator
+
+
+def test_a_base_that_leads_back_or_nowhere_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(ConfigError, match=r"b\.yaml: base: .*a\.yaml leads back to itself"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("base: gone.yaml")
+    with pytest.raises(ConfigError, match=r"gone\.yaml: no such config"):
+        load_config(tmp_path / "a.yaml")

@@ -13,7 +13,7 @@ from shared.config import load_config, parse_config
 from trainer.methods import with_checked_method
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "deploy/configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "deploy/configs").rglob("*.yaml"))
 
 
 def pins(lines: list[str]) -> dict[str, str]:

@@ -44,6 +44,7 @@ from trainer.methods.livr import (
     bottleneck_mask,
 )
 from trainer.metrics import read_metrics
+from trainer.report.write import write_report
 
 K = 3
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision")
@@ -510,3 +511,8 @@ def test_evaluation_writes_and_prints_the_usage_test(toy_folder: Path, tmp_path:
     shown = capsys.readouterr().out
     assert "Usage test on 4 unseen records" in shown
     assert "latents removed" in shown
+    page = write_report([tmp_path / "run"], "mean").read_text()
+    assert "Usage test" in page
+    assert "of the attention where an answer" in page
+    assert (tmp_path / "run" / "report" / "usage.png").stat().st_size > 5000
+    assert "causal suite" not in page, "suites that the method does not have are not missed"

@@ -100,6 +100,13 @@ def test_several_images_of_a_row_are_pooled_as_one_picture():
     torch.testing.assert_close(pooled_BKD[1], each[2])
 
 
+def test_a_norm_target_for_each_image():
+    latents_BKD = noise(6, 4).reshape(2, 3, 4)
+    targets = [1.5, 0.5]
+    expected = [((h.norm() - t) / t) ** 2 for row, t in zip(latents_BKD, targets, strict=True) for h in row]
+    torch.testing.assert_close(norm_loss(latents_BKD, torch.tensor(targets).unsqueeze(1)), torch.stack(expected).mean())
+
+
 def test_pooling_without_a_grid():
     square = ImageTokens([noise(9, 2)], [None])
     torch.testing.assert_close(pooled_image_tokens(square, (3, 3))[0], square.tokens[0])

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from anchor_service.pool import AnchorPool
-from shared.config import Config
+from shared.config import Config, Section
 from shared.errors import NonFiniteError
 from shared.messages import Gradient
 from shared.vlm import ImageTokens, nearly_square, pooled_image_tokens
@@ -39,13 +42,23 @@ class Emitted:
     read: PendingRead
 
 
+class AnchoredOptions(Section):
+    """What `anchored` has beside `loss`."""
+
+    norm_target: Literal["visual", "random"] = Field(
+        "visual", description="random: the control in which every image at every step has a target of its own."
+    )
+
+
 class AnchoredMethod(Method):
     """Generator → latents → bridge → loss. Holds the concept head, the only extra weights."""
 
+    Options = AnchoredOptions
     suites = ("reading", "causal", "controls", "geometry", "transfer", "benchmarks")
 
     def __init__(self, config: Config, generator: Generator, pool: AnchorPool):
         super().__init__(config, generator, pool)
+        self.options = AnchoredOptions.model_validate(config.options)
         self._bridge = AnchorBridge(pool, Gradient(config.pool.mode), config.pool.count_end_of_turn)
         self._image_norm = mean_image_norm(pool)
         torch.manual_seed(config.train.seed)
@@ -75,7 +88,7 @@ class AnchoredMethod(Method):
 
         nll = nll_multi(read.nll_RB, read.weights_R)
         concept = concept_loss(self.head(emitted.latents_BKD), target_BKD)
-        norm = norm_loss(emitted.latents_BKD, self._image_norm)
+        norm = norm_loss(emitted.latents_BKD, self._norm_target(len(emitted.latents_BKD), step))
         total = (
             half_cosine(step, w.ramp_steps, w.nll_start, w.nll) * nll
             + w.concept * concept
@@ -84,6 +97,13 @@ class AnchoredMethod(Method):
         terms = {f"nll/{name}": v for name, v in zip(read.replies, read.nll_RB.mean(1).tolist(), strict=True)}
         terms |= {"nll": nll.item(), "concept": concept.item(), "norm": norm.item(), "loss": total.item()}
         return LossParts(total, terms, read.replies)
+
+    def _norm_target(self, n_images: int, step: int) -> float | Tensor:
+        """μ, or for the control μ · 4^u with u uniform in ±1, drawn anew from seed and step."""
+        if self.options.norm_target == "visual":
+            return self._image_norm
+        factors = 4.0 ** np.random.default_rng([self._config.train.seed, 3, step]).uniform(-1, 1, (n_images, 1))
+        return self._image_norm * torch.from_numpy(factors).float().to(self._generator.model.device)
 
     def validation_nll(self, features: ImageFeatures, records: Sequence[Record]) -> float:
         """Mean NLL over anchors, weighted as in training."""

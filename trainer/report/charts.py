@@ -37,6 +37,15 @@ def control_bars(run: RunResults, span: tuple[float, float]) -> list[Picture]:
     return _delta_bars("controls", caption, control_deltas(run), span)
 
 
+def usage_bars(run: RunResults, span: tuple[float, float]) -> list[Picture]:
+    """Δ accuracy of every condition of the usage test."""
+    caption = (
+        "What removing or swapping the latents, or keeping the bottleneck, costs in accuracy, with 95 % intervals. Far "
+        "left of 0: the model makes use of what was taken away."
+    )
+    return _delta_bars("usage", caption, usage_deltas(run), span)
+
+
 def delta_span(all_deltas: Iterable[Deltas]) -> tuple[float, float]:
     """One scale for the bars of all runs."""
     series = [tests for deltas in all_deltas for tests in deltas.values()]
@@ -52,6 +61,12 @@ def causal_deltas(run: RunResults) -> Deltas:
 def control_deltas(run: RunResults) -> Deltas:
     """Δ accuracy by anchor and control."""
     return {n: deltas for n, tests in run.evaluation.controls.items() if (deltas := _deltas(tests))}
+
+
+def usage_deltas(run: RunResults) -> Deltas:
+    """Δ accuracy by condition."""
+    usage = run.evaluation.usage
+    return {} if usage is None else {"the model itself": _deltas(usage.conditions)}
 
 
 def _deltas(tests: Mapping[str, Figures]) -> dict[str, Triple]:

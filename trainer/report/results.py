@@ -125,6 +125,14 @@ class Benchmark(Part):
     anchors: dict[str, dict[Condition, Scores]]
 
 
+class Usage(Part):
+    """A model that answers by itself, by condition: in all, and by kind of question."""
+
+    conditions: dict[str, Figures]
+    kinds: dict[str, dict[str, Figures]]
+    attention_to_latents: Figure | None = None
+
+
 class Against(Part):
     """How alike the latents of another run are: linear CKA."""
 
@@ -157,6 +165,7 @@ class Evaluation(Part):
     geometry: Geometry | None = None
     transfer: dict[str, dict[str, TransferReading]] = {}
     benchmarks: dict[str, Benchmark] = {}
+    usage: Usage | None = None
     against: dict[str, Against] = {}
     gallery: list[Failure] = []
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib import metadata
 
 from shared.config import dump_config
+from trainer.methods import METHODS
 from trainer.report import charts, tables
 from trainer.report.attention import RULES, AttentionRule
 from trainer.report.images import attention_pictures, gallery
@@ -23,6 +24,7 @@ _SECTIONS: dict[str, Callable[[Evaluation], object]] = {
     "geometry": lambda evaluation: evaluation.geometry,
     "transfer": lambda evaluation: evaluation.transfer,
     "benchmarks": lambda evaluation: evaluation.benchmarks,
+    "usage": lambda evaluation: evaluation.usage,
 }
 
 
@@ -30,6 +32,7 @@ def build_sections(runs: Sequence[RunResults], rule: AttentionRule) -> tuple[lis
     """Sections in the order of the page, and one line for each part that a run lacks, with the way to get it."""
     sections = [
         _reading(runs),
+        _usage(runs),
         _causal(runs),
         _controls(runs),
         _transfer(runs),
@@ -53,6 +56,24 @@ def _reading(runs: Sequence[RunResults]) -> Section | None:
     )
     shown = [*compared, tables.headline(runs), tables.by_kind(runs), tables.nll(runs)]
     return _unless_empty(Section("Reading", intro, shown))
+
+
+def _usage(runs: Sequence[RunResults]) -> Section | None:
+    span = charts.delta_span(map(charts.usage_deltas, runs))
+    pictures = _each(runs, lambda run: charts.usage_bars(run, span))
+    shares = [
+        f"{run.label}: {tables.cell(share).text} of the attention where an answer's first token is predicted goes to "
+        "the latents."
+        for run in runs
+        if run.evaluation.usage is not None and (share := run.evaluation.usage.attention_to_latents) is not None
+    ]
+    intro = (
+        "The model answers by itself from images and latents. At test time its latents are removed, computed from "
+        "other images, or left as the only way to the images (bottleneck); floor: no image at all. Latents that are "
+        "used cost accuracy when they go."
+    )
+    shown = [tables.usage(runs), tables.usage_by_kind(runs)]
+    return _unless_empty(Section("Usage", " ".join([intro, *shares]), shown, pictures))
 
 
 def _causal(runs: Sequence[RunResults]) -> Section | None:
@@ -159,12 +180,13 @@ def _versions() -> list[str]:
 def _absent(runs: Sequence[RunResults]) -> list[str]:
     lines = []
     for run in runs:
-        for suite in (suite for suite, section in _SECTIONS.items() if not section(run.evaluation)):
+        suites = METHODS[run.config.method].suites
+        for suite in (suite for suite in suites if not _SECTIONS[suite](run.evaluation)):
             remedy = f"measure it with python -m trainer evaluate {run.config.run.dir} --suite {suite}"
             if suite in ("transfer", "benchmarks") and not getattr(run.config.evaluation, suite):
                 remedy = f"evaluation.{suite} of its config is empty"
             lines.append(f"{run.label}: the {suite} suite; {remedy}")
-        if not run.evaluation.gallery:
+        if "reading" in suites and not run.evaluation.gallery:
             lines.append(f"{run.label}: the failure gallery; evaluation.json holds none")
         if not run.metrics:
             lines.append(f"{run.label}: training curves; metrics.jsonl, which train writes, is not in the run folder")

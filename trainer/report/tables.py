@@ -22,6 +22,8 @@ _SWAP_COLUMNS = {
     "recovered_share": "recovered share",
 }
 
+_USAGE_COLUMNS = {name: label for name, label in _SWAP_COLUMNS.items() if name != "recovered_share"}
+
 
 def cell(figure: Figure | float) -> Cell:
     """A value, with its interval if it has one."""
@@ -124,6 +126,36 @@ def causal(runs: Sequence[RunResults]) -> Table:
 def controls(runs: Sequence[RunResults]) -> Table:
     """Image controls and perturbations of every anchor."""
     return _swaps("Image controls and perturbations", runs, lambda run: run.evaluation.controls)
+
+
+def usage(runs: Sequence[RunResults]) -> Table:
+    """Every condition of the usage test; what attention goes to the latents."""
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        if run.evaluation.usage is None:
+            return {}
+        conditions = run.evaluation.usage.conditions
+        return {
+            name.replace("_", " "): [_entry(figures, column) for column in _USAGE_COLUMNS]
+            for name, figures in conditions.items()
+        }
+
+    return _table("Usage test", list(_USAGE_COLUMNS.values()), runs, rows)
+
+
+def usage_by_kind(runs: Sequence[RunResults]) -> Table:
+    """Accuracy under every condition, by kind of question."""
+
+    def rows(run: RunResults) -> dict[str, list[Cell]]:
+        if run.evaluation.usage is None:
+            return {}
+        return {
+            f"{kind} · {name.replace('_', ' ')}": [_entry(figures, "accuracy")]
+            for kind, conditions in run.evaluation.usage.kinds.items()
+            for name, figures in conditions.items()
+        }
+
+    return _table("Usage test by kind of question", ["accuracy"], runs, rows, folded=True)
 
 
 def geometry(runs: Sequence[RunResults]) -> Table:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shared.errors import VisualLatentsError
+from trainer.methods import METHODS
 from trainer.report.attention import AttentionRule
 from trainer.report.page import Page, render
 from trainer.report.results import RunResults, load_results
@@ -29,6 +30,8 @@ def write_report(run_dirs: Sequence[Path], rule: AttentionRule, with_model: bool
         if not with_model:
             absent.append(f"{run.label}: {_NEED_MODEL}; leave --no-model out")
             continue
+        if "geometry" not in METHODS[run.config.method].suites:
+            continue  # its latents depend on the question: there is no state of an image to draw
         try:
             runs[-1] = replace(run, states=measure_states(run.config, rule))
         except VisualLatentsError as error:
