@@ -6,7 +6,7 @@ export RAY_AUTH_MODE ?= disabled
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast lint format models seeds model-figures evaluation-figures bench bench-gpu clean
+.PHONY: help setup demo test test-fast lint format models seeds model-figures evaluation-figures livr-figures bench bench-gpu clean
 
 help:            ## list targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
@@ -52,6 +52,9 @@ model-figures: setup  ## measure the shipped toy models on unseen scenes
 
 evaluation-figures: setup  ## measure verdicts, transfer and cost of the suites on the runs of make seeds
 	$(RUN) -m tests.benchmarks.evaluation_figures
+
+livr-figures: setup  ## measure LIVR, its controls and the usage test on toy tasks, three seeds
+	$(RUN) -m tests.benchmarks.livr_figures
 
 bench: setup     ## measure the anchor path against the baseline loop (quiet machine, 2 CPU cores, 15 minutes)
 	$(RUN) -m tests.benchmarks.anchor_path

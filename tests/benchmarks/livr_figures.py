@@ -1,0 +1,127 @@
+"""LIVR beside its controls on toy versions of its tasks, at equal data and steps, and the usage test (`make livr-figures`).
+
+Each run is the command line that a user would type. Runs are kept in runs/livr and not repeated if they are complete;
+delete the folder to measure again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.benchmarks.results import Result, record
+from trainer.evaluation.statistics import Figure, over_seeds
+
+SEEDS = (0, 1, 2)
+COMMAND = "make livr-figures"
+RUNS = Path("runs/livr")
+DATA = RUNS / "tasks"
+TASKS = ("jigsaw", "visual_correspondence", "visual_similarity", "counting")
+CONFIG = "deploy/configs/livr/toy.yaml"
+METHODS = {
+    "SFT": {"options": "{latents: false, stage1_share: 0.0}"},
+    "latents only": {"options.stage1_share": "0.0"},
+    "mask only": {"options": "{latents: false, bottleneck: answer}"},
+    "LIVR": {},
+}
+"""Overrides of the config that make each control; the presets in deploy/configs/livr say the same."""
+USAGE = ("normal", "latents_removed", "bottleneck", "both", "other_images", "floor")
+
+
+def make_data(tasks: Sequence[str], train: int) -> None:
+    """The toy tasks, unless they are there."""
+    if not (DATA / "train.jsonl").is_file():
+        arguments = ["--data", str(DATA), "--tasks", ",".join(tasks), "--train", str(train)]
+        subprocess.run([sys.executable, "-m", "trainer", "toy", "tasks", *arguments], check=True)
+
+
+def run(method: str, seed: int, settings: Sequence[str]) -> dict[str, Any]:
+    """evaluation.json of one run, with the decoder's tokens and operations over its training."""
+    folder = RUNS / f"{method.replace(' ', '-').lower()}-{seed}"
+    if not (folder / "evaluation.json").is_file():
+        overrides = [f"{key}={value}" for key, value in METHODS[method].items()]
+        overrides += [f"run.dir={folder}", f"train.seed={seed}", f"data.path={DATA}", *settings]
+        arguments = [part for override in overrides for part in ("--set", override)]
+        resume = ["--resume", str(folder)] if (folder / "metrics.jsonl").is_file() else ["--config", CONFIG, *arguments]
+        subprocess.run([sys.executable, "-m", "trainer", "train", *resume], check=True)
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    budget = {name: float(np.sum([step[f"{name}_per_image"] for step in steps])) for name in ("tokens", "flops")}
+    return {**json.loads((folder / "evaluation.json").read_text()), "budget": budget}
+
+
+def accuracy(evaluation: dict[str, Any], condition: str, kind: str | None = None) -> float | None:
+    """Exact match under a condition, of all kinds or one; None where the method lacks the condition."""
+    usage = evaluation["usage"]
+    conditions = usage["conditions"] if kind is None else usage["kinds"][kind]
+    return conditions[condition]["accuracy"]["value"] if condition in conditions else None
+
+
+def result(figure: str, seeds: Figure, n: int, bar: str = "–", met: bool | None = None) -> Result:
+    """A mean over seeds with Student's interval."""
+    unit = f"mean and 95 % interval over {seeds.n} seeds, {n} records each"
+    return Result(figure, seeds.value, unit, bar, met, seeds.low, seeds.high, n, COMMAND)
+
+
+def rows_of(method: str, evaluations: Sequence[dict[str, Any]]) -> list[Result]:
+    """One method: accuracy by task and in all, the usage test, attention to latents, budget."""
+    n = evaluations[0]["images"]
+    rows = []
+    for kind in sorted(evaluations[0]["usage"]["kinds"]):
+        values = [accuracy(evaluation, "normal", kind) for evaluation in evaluations]
+        rows.append(result(f"toy tasks, {method}: {kind}", over_seeds([v for v in values if v is not None]), n))
+    for condition in USAGE:
+        values = [accuracy(evaluation, condition) for evaluation in evaluations]
+        if None not in values:
+            label = "mean of tasks" if condition == "normal" else f"mean of tasks, {condition.replace('_', ' ')}"
+            rows.append(result(f"toy tasks, {method}: {label}", over_seeds([v for v in values if v is not None]), n))
+    shares = [e["usage"]["attention_to_latents"]["value"] for e in evaluations if "attention_to_latents" in e["usage"]]
+    if shares:
+        rows.append(result(f"toy tasks, {method}: attention of the answer to latents", over_seeds(shares), n))
+    flops = [evaluation["budget"]["flops"] for evaluation in evaluations]
+    rows.append(result(f"toy tasks, {method}: decoder operations per image slot of the batch", over_seeds(flops), n))
+    return rows
+
+
+def difference(label: str, ours: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], condition: str) -> Result:
+    """Paired by seed: ours under `normal` minus the other under a condition."""
+    pairs = [(accuracy(a, "normal"), accuracy(b, condition)) for a, b in zip(ours, other, strict=True)]
+    return result(label, over_seeds([a - b for a, b in pairs if a is not None and b is not None]), ours[0]["images"])
+
+
+def main() -> None:
+    """Run everything and record it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--train", type=int, default=1000, help="Records of each task.")
+    parser.add_argument("--jobs", type=int, default=2, help="Runs at a time, a CPU core each.")
+    parser.add_argument("--set", action="append", default=[], help="Override of the config, for trying it out.")
+    options = parser.parse_args()
+    make_data(options.tasks.split(","), options.train)
+    todo = [(method, seed) for method in METHODS for seed in SEEDS]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = dict(zip(todo, pool.map(lambda job: run(*job, options.set), todo), strict=True))
+    by_method = {method: [done[method, seed] for seed in SEEDS] for method in METHODS}
+    rows = [row for method, evaluations in by_method.items() for row in rows_of(method, evaluations)]
+    livr, alone = by_method["LIVR"], by_method["latents only"]
+    rows += [
+        difference(f"toy tasks, LIVR − {other}", livr, by_method[other], "normal")
+        for other in METHODS
+        if other != "LIVR"
+    ]
+    rows += [
+        difference("toy tasks, LIVR: lost when latents are removed", livr, livr, "latents_removed"),
+        difference("toy tasks, latents only: lost when latents are removed", alone, alone, "latents_removed"),
+    ]
+    record(rows)
+
+
+if __name__ == "__main__":
+    main()
