@@ -1,4 +1,4 @@
-"""LIVR beside its controls on toy versions of its tasks, at equal data and steps, and the usage test (`make livr-figures`).
+"""LIVR beside its controls on toy tasks, at equal data and steps, and the usage test (`make livr-figures`).
 
 Each run is the command line that a user would type. Runs are kept in runs/livr and not repeated if they are complete;
 delete the folder to measure again.
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks.results import Result, record
+from trainer.evaluation.run import run_config
 from trainer.evaluation.statistics import Figure, over_seeds
 
 SEEDS = (0, 1, 2)
@@ -44,7 +45,7 @@ def make_data(tasks: Sequence[str], train: int) -> None:
 
 
 def run(method: str, seed: int, settings: Sequence[str]) -> dict[str, Any]:
-    """evaluation.json of one run, with the decoder's tokens and operations over its training."""
+    """evaluation.json of one run, with the decoder's operations over its training."""
     folder = RUNS / f"{method.replace(' ', '-').lower()}-{seed}"
     if not (folder / "evaluation.json").is_file():
         overrides = [f"{key}={value}" for key, value in METHODS[method].items()]
@@ -53,8 +54,8 @@ def run(method: str, seed: int, settings: Sequence[str]) -> dict[str, Any]:
         resume = ["--resume", str(folder)] if (folder / "metrics.jsonl").is_file() else ["--config", CONFIG, *arguments]
         subprocess.run([sys.executable, "-m", "trainer", "train", *resume], check=True)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    budget = {name: float(np.sum([step[f"{name}_per_image"] for step in steps])) for name in ("tokens", "flops")}
-    return {**json.loads((folder / "evaluation.json").read_text()), "budget": budget}
+    flops = run_config(folder).train.batch_images * float(np.sum([step["flops_per_image"] for step in steps]))
+    return {**json.loads((folder / "evaluation.json").read_text()), "flops": flops}
 
 
 def accuracy(evaluation: dict[str, Any], condition: str, kind: str | None = None) -> float | None:
@@ -85,8 +86,8 @@ def rows_of(method: str, evaluations: Sequence[dict[str, Any]]) -> list[Result]:
     shares = [e["usage"]["attention_to_latents"]["value"] for e in evaluations if "attention_to_latents" in e["usage"]]
     if shares:
         rows.append(result(f"toy tasks, {method}: attention of the answer to latents", over_seeds(shares), n))
-    flops = [evaluation["budget"]["flops"] for evaluation in evaluations]
-    rows.append(result(f"toy tasks, {method}: decoder operations per image slot of the batch", over_seeds(flops), n))
+    teraflops = [evaluation["flops"] / 1e12 for evaluation in evaluations]
+    rows.append(result(f"toy tasks, {method}: decoder operations of training, 10¹²", over_seeds(teraflops), n))
     return rows
 
 
