@@ -12,8 +12,10 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,12 @@ import torch
 
 from anchor_service.pool import AnchorPool
 from shared.config import Config, load_config
+from shared.messages import Gradient
+from shared.reading import nll_per_image
+from tests.benchmarks import baseline_loop
+from tests.benchmarks.bench import Bench, read_request
 from tests.benchmarks.demo_figures import RUNS, SEEDS, run
+from tests.benchmarks.models import PROPORTIONS_7B
 from tests.benchmarks.results import Result, record
 from tests.benchmarks.timing import interleaved, ratios, result
 from trainer.data import load_records
@@ -32,7 +39,8 @@ from trainer.evaluation.statistics import over_seeds
 
 COMMAND = "make evaluation-figures"
 _PROJECTORS = ("least_squares on latents", "procrustes on latents", "procrustes on visual_tokens")
-_READ_IMAGES = 100
+_READ_IMAGES, _REPETITIONS = 100, 5
+_CLEVR_QUESTIONS = 10
 
 
 def evaluate(folder: Path, *arguments: str) -> tuple[dict[str, Any], float]:
@@ -114,13 +122,40 @@ def packed_rows(config: Config, records: list[Record]) -> list[Result]:
         packed, plain = Reader(pool, shown, local), Reader(pool, single, local)
         nll_N, plain_nll_N = packed.latents(latents_BKD)["A"].nll_N, plain.latents(repeated_BKD)["A"].nll_N
         seconds = interleaved(
-            {"packed": lambda: packed.latents(latents_BKD), "single": lambda: plain.latents(repeated_BKD)}, 5
+            {"packed": lambda: packed.latents(latents_BKD), "single": lambda: plain.latents(repeated_BKD)}, _REPETITIONS
         )
     difference = float(abs(nll_N - plain_nll_N).max())
     name = "evaluation reading, packed against one question at a time"
     return [
         result(name, ratios(seconds["single"], seconds["packed"]), "× faster", COMMAND, at_least=3.0),
         result(f"{name}: largest difference of NLL", [difference], "nats", COMMAND, at_most=1e-3),
+    ]
+
+
+def plain_rows(root: Path) -> list[Result]:
+    """Packed reading against an evaluation as it is plainly written: one question after the other for each batch.
+
+    The plain one puts the whole prompt through the model for every question and makes logits at every position
+    (`baseline_loop`). Ten questions an image, as many as CLEVR asks; a model of the proportions of the 7B.
+    """
+    anchor = Bench(root, COMMAND, _REPETITIONS).anchor(PROPORTIONS_7B)
+    request = replace(read_request(anchor, _CLEVR_QUESTIONS), gradient=Gradient.NONE)
+    assert request.latents is not None
+    latents_BKD = request.latents
+
+    @torch.no_grad()
+    def plain() -> list[float]:
+        return [
+            baseline_loop.question_loss(anchor.model, latents_BKD, [row[j] for row in request.questions]).item()
+            for j in range(_CLEVR_QUESTIONS)
+        ]
+
+    difference = abs(statistics.mean(plain()) - statistics.mean(nll_per_image(anchor.read(request).logprobs, True)))
+    seconds = interleaved({"packed": lambda: anchor.read(request), "plain": plain}, _REPETITIONS)
+    name = "evaluation reading, packed against a plain loop over questions, 7B proportions, 10 questions an image"
+    return [
+        result(name, ratios(seconds["plain"], seconds["packed"]), "× faster", COMMAND, at_least=3.0),
+        result(f"{name}: difference of the mean NLL", [difference], "nats", COMMAND, at_most=1e-4),
     ]
 
 
@@ -135,6 +170,8 @@ def main() -> None:
     matched = [evaluate(RUNS / f"matched-{seed}", "--suite", "all", "--anchors", "A,B") for seed in seeds]
     shuffled = [evaluate(RUNS / f"shuffled-{seed}", "--suite", "causal", "--anchors", "A")[0] for seed in seeds]
     seconds = [duration for _, duration in matched]
+    with tempfile.TemporaryDirectory() as root:
+        plain = plain_rows(Path(root))
     config = load_config(RUNS / f"matched-{seeds[0]}" / "config.yaml")
     record(
         [
@@ -153,6 +190,7 @@ def main() -> None:
                 COMMAND,
             ),
             *packed_rows(config, load_records(config.data, config.data.test_split)),
+            *plain,
         ]
     )
 
