@@ -124,6 +124,36 @@ def evaluate(
 
 @app.command()
 @friendly_errors
+def sweep(
+    config: ConfigOption,
+    grid: Annotated[
+        list[str] | None, typer.Option(help="field=value,value; may be repeated. K stands for generator.latents.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each point, with train.seed 0, 1, …")] = 3,
+    to: Annotated[
+        Path, typer.Option(help="Folder of the sweep: trials/, results.json, results.csv, results.png.")
+    ] = Path("runs/sweep"),
+    cpus_per_trial: Annotated[
+        float | None, typer.Option(min=0.1, help="CPUs of each trial's own process; by default generator.cpus, or 1.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Train and evaluate every point of a grid with several seeds, as many at a time as the machine or cluster holds.
+
+    One table: mean over seeds with a 95 % interval. Failed runs are shown, the others go on. Call it again to go on
+    where it was stopped: finished runs are kept, others resume. Every run folder is one like any other.
+
+    Example: python -m trainer sweep --config deploy/configs/livr/toy.yaml --grid method=livr,sft --grid K=4,9 --seeds 3
+    """
+    from trainer.sweep import SweepOptions, run_sweep
+
+    console = Console()
+    options = SweepOptions(Path(config), set_ or [], grid or [], seeds, to, cpus_per_trial)
+    run_sweep(options, console)
+
+
+@app.command()
+@friendly_errors
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders that evaluate was run on; the first gets the page.")],
     attention: Annotated[

@@ -27,13 +27,7 @@ RUNS = Path("runs/livr")
 DATA = RUNS / "tasks"
 TASKS = ("jigsaw", "visual_correspondence", "visual_similarity", "counting")
 CONFIG = "deploy/configs/livr/toy.yaml"
-METHODS = {
-    "SFT": {"options": "{latents: false, stage1_share: 0.0}"},
-    "latents only": {"options.stage1_share": "0.0"},
-    "mask only": {"options": "{latents: false, bottleneck: answer}"},
-    "LIVR": {},
-}
-"""Overrides of the config that make each control; the presets in deploy/configs/livr say the same."""
+METHODS = {"SFT": "sft", "latents only": "latents_only", "mask only": "mask_only", "LIVR": "livr"}
 USAGE = ("normal", "latents_removed", "bottleneck", "both", "other_images", "floor")
 
 
@@ -48,8 +42,8 @@ def run(method: str, seed: int, settings: Sequence[str]) -> dict[str, Any]:
     """evaluation.json of one run, with the decoder's operations over its training."""
     folder = RUNS / f"{method.replace(' ', '-').lower()}-{seed}"
     if not (folder / "evaluation.json").is_file():
-        overrides = [f"{key}={value}" for key, value in METHODS[method].items()]
-        overrides += [f"run.dir={folder}", f"train.seed={seed}", f"data.path={DATA}", *settings]
+        overrides = [f"method={METHODS[method]}", f"run.dir={folder}", f"train.seed={seed}", f"data.path={DATA}"]
+        overrides += settings
         arguments = [part for override in overrides for part in ("--set", override)]
         resume = ["--resume", str(folder)] if (folder / "metrics.jsonl").is_file() else ["--config", CONFIG, *arguments]
         subprocess.run([sys.executable, "-m", "trainer", "train", *resume], check=True)

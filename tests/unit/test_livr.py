@@ -271,15 +271,12 @@ def test_stages_have_their_own_warm_up_and_cosine(toy_folder: Path, tmp_path: Pa
     "options",
     [
         {},
-        {"stage1_share": 0.0},
-        {"latents": False, "stage1_share": 0.0},
-        {"latents": False, "bottleneck": "answer"},
         {"place": "before_prompt"},
         {"shared_row": True},
         {"image_twice": True},
         {"lora": False},
     ],
-    ids=["livr", "latents_only", "sft", "mask_only", "before_prompt", "shared_row", "image_twice", "prompt_tuning"],
+    ids=["livr", "before_prompt", "shared_row", "image_twice", "prompt_tuning"],
 )
 def test_every_variant_trains_and_learns_what_it_may(toy_folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     config = with_checked_method(parse_config(tree(toy_folder, tmp_path / "run", options), "test"))
@@ -292,6 +289,27 @@ def test_every_variant_trains_and_learns_what_it_may(toy_folder: Path, tmp_path:
         store = Path(tmp_path / "run" / "checkpoints")
         state = load_file(next(store.glob("step-*20")) / "adapter_model.safetensors")
         assert all(not value.any() for name, value in state.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("sft", {"latents": False, "stage1_share": 0.0}),
+        ("latents_only", {"latents": True, "stage1_share": 0.0}),
+        ("mask_only", {"latents": False, "stage1_share": 0.4, "bottleneck": "answer"}),
+    ],
+)
+def test_controls_train_and_are_evaluated(toy_folder: Path, tmp_path: Path, method: str, expected: dict) -> None:
+    settings = {**tree(toy_folder, tmp_path / "run", {}), "method": method}
+    config = with_checked_method(parse_config(settings, "test"))
+    assert {name: config.options[name] for name in expected} == expected
+    assert train_run(config, resume=False)
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[-1]["validation_nll"] < metrics[9]["validation_nll"]
+    assert {entry["stage"] for entry in metrics} == ({2.0} if expected["stage1_share"] == 0 else {1.0, 2.0})
+    section = evaluate_run(config, Console(quiet=True), chosen_suites(config, None))["usage"]
+    assert ("latents_removed" in section["conditions"]) == expected["latents"]
+    assert ("attention_to_latents" in section) == expected["latents"]
 
 
 def test_loss_is_the_mean_over_tokens_questions_and_records(toy_folder: Path, tmp_path: Path) -> None:

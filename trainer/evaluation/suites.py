@@ -57,7 +57,7 @@ from trainer.evaluation.usage import SelfReading
 from trainer.evaluation.verdict import VERDICT_TESTS, lost_share, paired_differences, verdict
 from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
-from trainer.methods.livr import livr_reader
+from trainer.methods import self_reader
 
 Track = Callable[[Iterable[str], str, int], Iterable[str]]
 """Iterates with a progress bar: names, of what, how many."""
@@ -246,7 +246,7 @@ def against(s: Session, other: Session) -> dict[str, Any]:
 def usage_suite(s: Session) -> dict[str, Any]:
     """By condition of `trainer.evaluation.usage`: accuracy, NLL and the change from `normal`, in all and by kind."""
     reading = SelfReading(
-        livr_reader(s.config, s.generator), s.features, s.records, s.config.evaluation.batch_images, s.config.train.seed
+        self_reader(s.config, s.generator), s.features, s.records, s.config.evaluation.batch_images, s.config.train.seed
     )
     outcomes = {name: reading.read(name) for name in s.track(reading.conditions, "usage", len(reading.conditions))}
     images_N = np.repeat(np.arange(len(s.records)), [len(record.questions) for record in s.records])

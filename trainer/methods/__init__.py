@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from shared.config import Config, parse_section
 from shared.errors import ConfigError
+from trainer.generator import Generator
 from trainer.methods.anchored import AnchoredMethod
 from trainer.methods.base import Method
-from trainer.methods.livr import LivrMethod
+from trainer.methods.livr import LatentsOnlyMethod, LivrMethod, LivrReader, MaskOnlyMethod, SftMethod
 
-METHODS: dict[str, type[Method]] = {"anchored": AnchoredMethod, "livr": LivrMethod}
+METHODS: dict[str, type[Method]] = {
+    "anchored": AnchoredMethod,
+    "livr": LivrMethod,
+    "sft": SftMethod,
+    "latents_only": LatentsOnlyMethod,
+    "mask_only": MaskOnlyMethod,
+}
 
 
 def with_checked_method(config: Config) -> Config:
@@ -30,3 +37,11 @@ def chosen_suites(config: Config, asked: str | None) -> list[str]:
     if asked is not None and asked not in suites:
         raise ConfigError(f"--suite {asked}: not for method {config.method}; use one of {', '.join(suites)}")
     return [asked or suites[0]]
+
+
+def self_reader(config: Config, generator: Generator) -> LivrReader:
+    """What the generator of a run answers with by itself. Raises ConfigError for a method whose generator does not."""
+    method = METHODS[config.method]
+    if not issubclass(method, LivrMethod):
+        raise ConfigError(f"suite usage: method {config.method} does not answer by itself; its suites are the others")
+    return LivrReader(generator, method.Options.model_validate(config.options))

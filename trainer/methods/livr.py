@@ -28,7 +28,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -56,7 +56,7 @@ Bottleneck = Literal["prompt_and_answer", "answer", "prompt_and_answer_and_laten
 
 
 class LivrOptions(Section):
-    """The method with the ablations of the paper; `sft` and its like are presets in deploy/configs/livr."""
+    """The method with the ablations of the paper."""
 
     latents: bool = Field(True, description="False: no latent tokens (sft, mask_only).")
     stage1_share: float = Field(0.4, ge=0, lt=1, description="Of all steps, with the bottleneck; 0: latents only.")
@@ -191,13 +191,6 @@ class LivrReader:
         return scaled_ND.unflatten(0, (-1, self.generator.n_latents)).to(self.generator.model.dtype)
 
 
-def livr_reader(config: Config, generator: Generator) -> LivrReader:
-    """The reader of a run. Raises ConfigError for a method whose generator does not answer by itself."""
-    if config.method != "livr":
-        raise ConfigError(f"suite usage: method {config.method} does not answer by itself; its suites are the others")
-    return LivrReader(generator, LivrOptions.model_validate(config.options))
-
-
 @dataclass(frozen=True, slots=True)
 class Answered:
     """A microbatch after its forward pass. nll: of the generator's own answers. read: anchors' calls under way.
@@ -214,13 +207,13 @@ class Answered:
 class LivrMethod(Method):
     """Two stages of likelihood training of a model that answers by itself."""
 
-    Options = LivrOptions
+    Options: ClassVar[type[LivrOptions]] = LivrOptions
     needs_anchors = False
     suites = ("usage",)
 
     def __init__(self, config: Config, generator: Generator, pool: AnchorPool):
         super().__init__(config, generator, pool)
-        self.options = LivrOptions.model_validate(config.options)
+        self.options = type(self).Options.model_validate(config.options)
         if self.options.anchor_weight and not pool.names:
             raise ConfigError("options.anchor_weight: there is no anchor to weigh; add anchors, or set it to 0")
         self.reader = LivrReader(generator, self.options)
@@ -289,6 +282,41 @@ class LivrMethod(Method):
             hidden_BTD = self._generator.hidden_states(livr.rows, tokens, self.reader.mask(livr, False))
             sums += len(chunk) * _mean_nll(self.reader.scores(livr, hidden_BTD)).item()
         return sums / len(records)
+
+
+class SftOptions(LivrOptions):
+    latents: bool = False
+    stage1_share: float = Field(0.0, ge=0, lt=1)
+
+
+class SftMethod(LivrMethod):
+    """Control: fine-tuning on the same data in the same steps, without latents."""
+
+    Options = SftOptions
+
+
+class LatentsOnlyOptions(LivrOptions):
+    stage1_share: float = Field(0.0, ge=0, lt=1)
+
+
+class LatentsOnlyMethod(LivrMethod):
+    """Control: latent tokens, but never a bottleneck."""
+
+    Options = LatentsOnlyOptions
+
+
+class MaskOnlyOptions(LivrOptions):
+    latents: bool = False
+    bottleneck: Bottleneck = "answer"
+
+
+class MaskOnlyMethod(LivrMethod):
+    """Control: a bottleneck without latents; in stage 1 answers see images through the question alone, which does.
+
+    What the paper's "mask only" blocks is not known; with the prompt blind, too, there would be nothing to learn from.
+    """
+
+    Options = MaskOnlyOptions
 
 
 def _mean_nll(scores: AnswerScores) -> Tensor:

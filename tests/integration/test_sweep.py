@@ -1,0 +1,63 @@
+"""A sweep on a real Ray Tune: trials side by side, one that fails, one that is stopped; then the rest of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.integration.helpers import REPOSITORY, training_tree, wait_until, write_config
+
+LIMIT_S = 240
+
+
+def start(config: Path, to: Path, *more: str) -> subprocess.Popen[str]:
+    arguments = ["--config", str(config), "--to", str(to), "--seeds", "2", "--cpus-per-trial", "1", *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", "sweep", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_stopped_sweep_goes_on_and_shows_what_failed(toy_folder: Path, tmp_path: Path) -> None:
+    tree = training_tree(toy_folder, tmp_path / "unused", method="livr", train={"steps": 40, "checkpoint_every": 5})
+    config = write_config({**tree, "anchors": []}, tmp_path / "config.yaml")
+    to = tmp_path / "sweep"
+    # A model folder that does not exist is no fault of the grid: it is found when the run loads it.
+    grid = ["--grid", f"generator.model={toy_folder / 'A'},{toy_folder / 'gone'}", "--grid", "K=4,9"]
+
+    first = start(config, to, *grid)
+    try:
+        finished = lambda: list(to.glob("trials/*/evaluation.json"))  # noqa: E731
+        wait_until(lambda: finished() or first.poll() is not None, LIMIT_S, "no run was finished")
+        assert first.poll() is None, first.communicate()[0]
+        first.send_signal(signal.SIGKILL)
+    finally:
+        first.kill()
+        first.communicate()
+    finished = {file: file.stat().st_mtime_ns for file in to.glob("trials/*/evaluation.json")}
+    assert not (to / "results.json").exists()
+
+    second = start(config, to, *grid)
+    output, _ = second.communicate(timeout=LIMIT_S)
+    assert second.returncode == 0, output
+    assert f"8 runs, {len(finished)} of them finished" in output
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished, "a finished run was run again"
+    results = json.loads((to / "results.json").read_text())
+    good, bad = results["points"][:2], results["points"][2:]
+    assert [(point["seeds"], point["failed_seeds"]) for point in good] == [(2, [])] * 2
+    assert all(0 <= point["figures"]["accuracy"]["value"] <= 1 for point in good)
+    assert [(point["seeds"], point["failed_seeds"]) for point in bad] == [(0, [0, 1])] * 2
+    assert all("no such model folder" in run["error"] for run in results["runs"] if "gone" in run["folder"])
+    assert output.count("failed:") == 4
+    assert (to / "results.png").is_file()
+    for run in results["runs"][:4]:
+        lines = (REPOSITORY / run["folder"] / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(40))
