@@ -88,6 +88,10 @@ def evaluate(
     suite: Annotated[Suite | None, typer.Option(help="What to measure; by default the method's first suite.")] = None,
     anchors: Annotated[str, typer.Option(help="Comma-separated anchors of the run; empty: all, unseen ones too.")] = "",
     against: Annotated[Path | None, typer.Option(help="Another run: how alike its latents are (linear CKA).")] = None,
+    calibrate_norm: Annotated[
+        bool,
+        typer.Option("--calibrate-norm", help="Rescale latents to the norm of visual embeddings."),
+    ] = False,
 ) -> None:
     """Measure what each anchor answers from the latents, and whether it is the latents that tell it.
 
@@ -114,6 +118,8 @@ def evaluate(
 
     console = Console()
     config = run_config(run)
+    if calibrate_norm and config.evaluation.norm_calibration is None:
+        config = run_config(run, ["evaluation.norm_calibration={}"])
     suites = chosen_suites(config, suite)
     names = [name for name in anchors.split(",") if name]
     prepare_data(config.data, console)

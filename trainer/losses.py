@@ -31,7 +31,7 @@ def norm_loss(latents_BKD: Tensor, target_norm: float | Tensor) -> Tensor:
 
 
 def coefficient_loss(predicted_BKd: Tensor, target_BKd: Tensor, variance: float) -> Tensor:
-    """mean over latents of ‖ĉ_k − c_k‖² / variance, computed in float32.
+    """Mean over latents of ‖ĉ_k − c_k‖² / variance, computed in float32.
 
     variance: of the coefficients in all (`VisualPca.explained_variance_d` summed), so that always predicting the mean
     of visual embeddings gives about 1 for every model.

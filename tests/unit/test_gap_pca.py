@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_equals_sklearn(how, sizes):
 def test_the_order_and_the_size_of_batches_change_nothing(cuts, order):
     vectors_ND = vectors(60)
     edges = [0, *sorted(cuts), 60]
-    batches = [vectors_ND[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    batches = [vectors_ND[a:b] for a, b in itertools.pairwise(edges)]
     order.shuffle(batches)
     ours, whole = fitted(batches, n_components=4), fitted([vectors_ND], n_components=4)
     torch.testing.assert_close(ours.mean_D, whole.mean_D, rtol=1e-10, atol=0)
@@ -173,8 +175,8 @@ def test_plain_heads_and_the_table():
     hidden_BD = torch.randn(2, WIDTH)
     assert make_head("identity", WIDTH)(hidden_BD) is hidden_BD
     mlp = make_head("mlp", WIDTH)
-    first, _, second = mlp.layers
-    expected = torch.nn.functional.gelu(hidden_BD @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    inner_BD = torch.nn.functional.gelu(hidden_BD @ mlp.inner.weight.T + mlp.inner.bias)
+    expected = inner_BD @ mlp.outer.weight.T + mlp.outer.bias
     torch.testing.assert_close(mlp(hidden_BD), expected)
     assert mlp(hidden_BD.bfloat16()).dtype is torch.float32
     pca = fitted([vectors(50)])

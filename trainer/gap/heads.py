@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.errors import ModelError
@@ -33,11 +34,11 @@ class MlpHead(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, hidden_BD: Tensor) -> Tensor:
         """(…, D) → (…, D)."""
-        latent_BD: Tensor = self.layers(hidden_BD.to(self.layers[0].weight.dtype))
+        latent_BD: Tensor = self.outer(F.gelu(self.inner(hidden_BD.to(self.inner.weight.dtype))))
         return latent_BD
 
 
