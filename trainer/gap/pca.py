@@ -25,8 +25,8 @@ _TENSORS = ("mean_D", "basis_Dd", "explained_variance_d", "total_variance", "n_v
 class VisualPca:
     """A mean and d orthonormal directions of D-wide vectors, float64.
 
-    basis_Dd: columns in order of falling variance, the largest entry of each positive. explained_variance_d: along each.
-    total_variance: of all D directions. n_vectors: how many vectors it was fitted on.
+    basis_Dd: columns in order of falling variance, the largest entry of each positive. explained_variance_d: along
+    each. total_variance: of all D directions. n_vectors: how many vectors it was fitted on.
     """
 
     mean_D: Tensor
