@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -170,6 +171,102 @@ def estimate(
     from trainer.estimate import print_estimate
 
     print_estimate(load_config(Path(config), set_ or []), Console(), device)
+
+
+_MODEL = typer.Option("--model", help="Hugging Face folder or hub name.")
+_DATA = typer.Option("--data", help="Folder in the CLEVR v1.0 layout.")
+DtypeOption = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: the first GPU if there is one.")]
+
+
+@app.command()
+@friendly_errors
+def norms(
+    model: Annotated[str | None, _MODEL] = None,
+    data: Annotated[Path | None, _DATA] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder: its trained model, data and latents instead.")] = None,
+    split: Annotated[str | None, typer.Option(help="By default val, or the test split of the run.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="First n records of the split.")] = 64,
+    pca: Annotated[Path | None, typer.Option(help="With --run: latents projected onto it, too.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write to; by default runs/norms, or the run.")] = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure how much longer hidden states are than input embeddings, layer by layer, for text and for images.
+
+    With --run also the run's latents: as they are, after norm calibration, and projected onto a PCA of visual
+    embeddings. Prints a table of mean L2 norms and writes norms.json and norms.png.
+
+    Examples:
+
+        python -m trainer norms --model trainer/toy/models/A --data runs/toy-data
+
+        python -m trainer norms --run runs/demo --pca runs/pca.safetensors
+    """
+    from shared.config import DataConfig
+    from shared.errors import ConfigError
+    from trainer.data import load_records
+    from trainer.evaluation.run import run_config
+    from trainer.gap.norms import norms_of_model, norms_of_run, print_norms, write_norms
+    from trainer.progress import track
+
+    console = Console()
+    with_bar = functools.partial(track, console=console, description="norms")
+    if run is not None:
+        if model is not None or data is not None:
+            raise ConfigError("--run brings its own model and data; leave --model and --data out")
+        config = run_config(run)
+        records = load_records(config.data, split or config.data.test_split)[:images]
+        result = norms_of_run(config, records, with_bar, pca)
+    elif model is None or data is None:
+        raise ConfigError("give --model MODEL and --data FOLDER, or --run RUN")
+    else:
+        records = load_records(DataConfig(path=data), split or "val")[:images]
+        result = norms_of_model(model, records, with_bar, dtype, device)
+    folder = to or run or Path("runs/norms")
+    write_norms(result, folder)
+    print_norms(result, console)
+    console.print(f"written: {folder / 'norms.json'}, {folder / 'norms.png'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@friendly_errors
+def pca(
+    model: Annotated[str, _MODEL],
+    data: Annotated[Path, _DATA],
+    to: Annotated[Path, typer.Option(help="File to write, safetensors.")] = Path("runs/pca.safetensors"),
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
+    images: Annotated[int, typer.Option(min=1, help="First n records of the split.")] = 1000,
+    variance: Annotated[float, typer.Option(min=0.01, max=0.9999, help="Share of the variance to keep.")] = 0.95,
+    components: Annotated[int | None, typer.Option(min=1, help="Keep this many directions instead.")] = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Fit a PCA to a model's visual input embeddings: the subspace in which a PCA head writes its latents.
+
+    Images pass by one after the other; memory is that of one width × width matrix.
+
+    Example: python -m trainer pca --model trainer/toy/models/A --data runs/toy-data
+    """
+    from shared.config import DataConfig
+    from shared.vlm import load_vlm
+    from trainer.data import load_records
+    from trainer.gap.norms import fit_pca
+    from trainer.generator import resolve_device
+    from trainer.progress import track
+
+    console = Console()
+    records = load_records(DataConfig(path=data), split)[:images]
+    vlm = load_vlm(model, dtype, resolve_device(device)).freeze()
+    fitted = fit_pca(vlm, track(records, console, "pca"), variance, components)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    fitted.save(to)
+    console.print(
+        f"{fitted.n_components} of {fitted.width} directions hold {fitted.explained_share:.2%} of the variance of "
+        f"{fitted.n_vectors} visual embeddings: {to}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @toy_app.command("build")
