@@ -269,6 +269,63 @@ def pca(
     )
 
 
+@app.command()
+@friendly_errors
+def difficulty(
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Its generator's model and its data.")] = None,
+    set_: SetOption = None,
+    model: Annotated[str | None, _MODEL] = None,
+    data: Annotated[Path | None, _DATA] = None,
+    split: Annotated[str | None, typer.Option(help="By default the config's train_split.")] = None,
+    to: Annotated[Path, typer.Option(help="Folder for the labels; one that is unfinished is gone on with.")] = Path(
+        "runs/difficulty"
+    ),
+    samples: Annotated[int, typer.Option(min=1, max=1024, help="Answers per question.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0.01, max=100, help="Of the sampling.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, max=8192, help="Longer answers count as wrong.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    threshold: Annotated[int, typer.Option(min=0, help="Most right answers of a question that gets latents.")] = 0,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Answers sampled at a time by one actor; lower it to save memory.")
+    ] = 64,
+    actors: Annotated[int, typer.Option(min=1, help="Engines side by side.")] = 1,
+    cpus: Annotated[float, typer.Option(min=0.01, help="CPUs of each actor.")] = 1.0,
+    gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of each actor; 0 runs on the CPU.")] = 0.0,
+    save_every_s: Annotated[float, typer.Option(min=0.0, help="Seconds between two parts on disk.")] = 30.0,
+) -> None:
+    """Label every question by how many of n sampled answers of the base model are exactly right.
+
+    A batch job on Ray Data. Labels are written in parts: a job that was interrupted goes on with what is left when it
+    is started again. Training reads them with `trainer.difficulty.load_difficulty`.
+
+    Examples:
+
+        python -m trainer difficulty --config deploy/configs/toy.yaml --to runs/toy-difficulty
+
+        python -m trainer difficulty --model trainer/toy/models/A --data runs/toy-data --split val --samples 8
+    """
+    from shared.config import DataConfig, load_config
+    from shared.errors import ConfigError
+    from trainer.difficulty.engine import SamplingConfig
+    from trainer.difficulty.job import Workers, label_split, print_labels
+
+    if config is not None and model is None and data is None:
+        resolved = load_config(Path(config), set_ or [])
+        model, dtype, source = resolved.generator.model, resolved.generator.dtype, resolved.data
+    elif config is None and model is not None and data is not None:
+        dtype, source = "float32" if gpus == 0 else "bfloat16", DataConfig(path=data)
+    else:
+        raise ConfigError("give either --config FILE, or --model MODEL and --data FOLDER")
+    sampling = SamplingConfig(samples=samples, temperature=temperature, max_tokens=max_tokens, seed=seed, rows=rows)
+    workers = Workers(actors, cpus, gpus)
+    console = Console()
+    labelled = label_split(
+        model, dtype, source, split or source.train_split, sampling, workers, to, console, save_every_s
+    )
+    print_labels(labelled, threshold, console)
+    console.print(f"labels: {to}", highlight=False, soft_wrap=True)
+
+
 @toy_app.command("build")
 @friendly_errors
 def toy_build(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from shared.config import NormCalibrationConfig
+from shared.config import NormCalibrationConfig, load_config
 from tests.integration.helpers import training_tree, write_config
 from tests.reference import max_relative_error, plain_prompt
 from tests.tiny_models import FAMILY_NAMES
@@ -125,8 +125,6 @@ def test_command_line(toy_folder, tmp_path):
         assert min(chart.size) > 300
 
     write_config(training_tree(toy_folder, tmp_path / "run", train={"steps": 1}), tmp_path / "run.yaml")
-    from shared.config import load_config
-
     train_run(load_config(tmp_path / "run.yaml"), resume=False)
     printed = invoke("norms", "--run", tmp_path / "run", "--pca", file, "--images", 4)
     assert "latents, calibrated" in printed
