@@ -13,11 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from shared.config import DataConfig
 from shared.errors import DataError
 from shared.vlm import load_vlm
 from tests.integration.helpers import REPOSITORY, wait_until
+from trainer.cli import app
 from trainer.data import ErrorPolicy, load_records
 from trainer.difficulty import load_difficulty
 from trainer.difficulty.engine import SamplingConfig, sample_answers
@@ -27,7 +29,6 @@ from trainer.difficulty.labels import LabelFolder
 SAMPLING = SamplingConfig(samples=4, max_tokens=6, seed=2)
 QUIET = Console(quiet=True)
 LIMIT_S = 120
-ENVIRONMENT = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
 
 
 def counts(lines: list[dict]) -> dict[tuple[str, str], tuple[int, tuple[str, ...]]]:
@@ -91,23 +92,18 @@ def test_a_damaged_image_ends_the_job_or_is_skipped_and_nothing_done_is_done_aga
     assert marked in labels.rows()
 
 
-def command(toy: Path, to: Path) -> list[str]:
-    options = {"model": toy / "A", "data": toy / "data", "split": "train", "to": to, "samples": 4, "max-tokens": 6}
-    options |= {"seed": 2, "save-every-s": 0, "rows": 4}
-    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "trainer", "difficulty", *arguments]
+def arguments_of(toy: Path, to: Path, samples: int = 4) -> list[str]:
+    options = {"model": toy / "A", "data": toy / "data", "split": "train", "to": to, "samples": samples}
+    options |= {"max-tokens": 6, "seed": 2, "save-every-s": 0, "rows": 4}
+    return ["difficulty", *[part for name, value in options.items() for part in (f"--{name}", str(value))]]
 
 
-def finished(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
-
-
-def test_sigkill_and_again(toy_folder, tmp_path, expected):
+def test_sigkill_and_again(local_ray, toy_folder, tmp_path, expected):
     """Killed as soon as a part is on disk; started again it does the rest, and the first parts stay as they were."""
     to = tmp_path / "labels"
-    process = subprocess.Popen(command(toy_folder, to), cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "trainer", *arguments_of(toy_folder, to)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
     children: list[psutil.Process] = []
     try:
         wait_until(lambda: any(to.glob("part-*")) or process.poll() is not None, LIMIT_S, "no part was written")
@@ -127,15 +123,16 @@ def test_sigkill_and_again(toy_folder, tmp_path, expected):
     with pytest.raises(DataError, match="not complete"):
         load_difficulty(to)
 
-    done = finished(command(toy_folder, to))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on: {n_done} of 24 records are labelled" in done.stdout
-    assert "samples/s" in done.stdout
-    assert "questions (" in done.stdout
+    done = CliRunner().invoke(app, arguments_of(toy_folder, to))
+    assert done.exit_code == 0, done.output
+    assert f"going on: {n_done} of 24 records are labelled" in done.output
+    assert "samples/s" in done.output
+    n_hard = sum(right == 0 for right, _ in expected.values())
+    assert f"{n_hard} of {len(expected)} questions" in done.output
     assert {part.name: part.read_text() for part in to.glob("part-*") if part.name in before} == before
     assert counts(read(to)) == expected
     assert len(load_difficulty(to)) == len(expected)
 
-    refused = finished([*command(toy_folder, to), "--samples", "5"])
-    assert refused.returncode == 1
-    assert "holds labels with samples 4, not 5; give another --to" in refused.stderr
+    refused = CliRunner().invoke(app, arguments_of(toy_folder, to, samples=5))
+    assert refused.exit_code == 1
+    assert "holds labels with samples 4, not 5; give another --to" in refused.output

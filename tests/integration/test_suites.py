@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from shared.config import Config, parse_config
+from shared.config import Config, NormCalibrationConfig, parse_config
 from shared.messages import Question
 from shared.reading import pack_questions, score_answers
 from shared.vlm import load_vlm
@@ -158,3 +158,21 @@ def test_a_benchmark_is_answered_by_likelihood(toy_folder: Path, trained: Path, 
     assert figures["n"] == 3 * len(records)
     assert figures["scores"]["accuracy"] == pytest.approx(sum(map(bool, hits)) / len(hits))
     assert figures["unparsed"] == []
+
+
+def test_norm_calibration_is_a_switch_of_evaluation(toy_folder: Path, trained: Path) -> None:
+    """Latents get the length of visual tokens; figures of the two ways to read them never stand in one file."""
+    config = config_of(toy_folder, trained)
+    evaluate_run(config, QUIET, ["reading"])
+    plain = evaluate_run(config, QUIET, ["geometry"])
+    assert {"anchors", "geometry"} <= plain.keys()
+    switched = config.evaluation.model_copy(update={"norm_calibration": NormCalibrationConfig()})
+    calibrated = evaluate_run(config.model_copy(update={"evaluation": switched}), QUIET, ["geometry"])
+    assert "anchors" not in calibrated
+    before, after = (result["geometry"]["norms"] for result in (plain, calibrated))
+    assert after["image_tokens"] == before["image_tokens"]
+    assert min(after["image_tokens"]) <= min(after["latents"]) <= max(after["latents"]) <= max(after["image_tokens"])
+    spread_before, spread_after = (max(norms["latents"]) - min(norms["latents"]) for norms in (before, after))
+    assert spread_after < 0.1 * spread_before
+    cosines = [result["geometry"]["slot_cosine"] for result in (plain, calibrated)]
+    torch.testing.assert_close(torch.tensor(cosines[0]), torch.tensor(cosines[1]), rtol=0, atol=1e-5)
