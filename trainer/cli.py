@@ -174,7 +174,8 @@ def estimate(
 
 
 _MODEL = typer.Option("--model", help="Hugging Face folder or hub name.")
-_DATA = typer.Option("--data", help="Folder in the CLEVR v1.0 layout.")
+_DATA = typer.Option("--data", help="Folder of a data set.")
+SourceOption = Annotated[Literal["clevr", "jsonl"], typer.Option(help="Layout of --data, see data.source.")]
 DtypeOption = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: the first GPU if there is one.")]
 
@@ -184,6 +185,7 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: the first G
 def norms(
     model: Annotated[str | None, _MODEL] = None,
     data: Annotated[Path | None, _DATA] = None,
+    source: SourceOption = "clevr",
     run: Annotated[Path | None, typer.Option(help="Run folder: its trained model, data and latents instead.")] = None,
     split: Annotated[str | None, typer.Option(help="By default val, or the test split of the run.")] = None,
     images: Annotated[int, typer.Option(min=1, help="First n records of the split.")] = 64,
@@ -221,7 +223,7 @@ def norms(
     elif model is None or data is None:
         raise ConfigError("give --model MODEL and --data FOLDER, or --run RUN")
     else:
-        records = load_records(DataConfig(path=data), split or "val")[:images]
+        records = load_records(DataConfig(source=source, path=data), split or "val")[:images]
         result = norms_of_model(model, records, with_bar, dtype, device)
     folder = to or run or Path("runs/norms")
     write_norms(result, folder)
@@ -234,6 +236,7 @@ def norms(
 def pca(
     model: Annotated[str, _MODEL],
     data: Annotated[Path, _DATA],
+    source: SourceOption = "clevr",
     to: Annotated[Path, typer.Option(help="File to write, safetensors.")] = Path("runs/pca.safetensors"),
     split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
     images: Annotated[int, typer.Option(min=1, help="First n records of the split.")] = 1000,
@@ -256,7 +259,7 @@ def pca(
     from trainer.progress import track
 
     console = Console()
-    records = load_records(DataConfig(path=data), split)[:images]
+    records = load_records(DataConfig(source=source, path=data), split)[:images]
     vlm = load_vlm(model, dtype, resolve_device(device)).freeze()
     fitted = fit_pca(vlm, track(records, console, "pca"), variance, components)
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -276,6 +279,7 @@ def difficulty(
     set_: SetOption = None,
     model: Annotated[str | None, _MODEL] = None,
     data: Annotated[Path | None, _DATA] = None,
+    source: SourceOption = "clevr",
     split: Annotated[str | None, typer.Option(help="By default the config's train_split.")] = None,
     to: Annotated[Path, typer.Option(help="Folder for the labels; one that is unfinished is gone on with.")] = Path(
         "runs/difficulty"
@@ -311,17 +315,16 @@ def difficulty(
 
     if config is not None and model is None and data is None:
         resolved = load_config(Path(config), set_ or [])
-        model, dtype, source = resolved.generator.model, resolved.generator.dtype, resolved.data
+        model, dtype, data_config = resolved.generator.model, resolved.generator.dtype, resolved.data
     elif config is None and model is not None and data is not None:
-        dtype, source = "float32" if gpus == 0 else "bfloat16", DataConfig(path=data)
+        dtype, data_config = "float32" if gpus == 0 else "bfloat16", DataConfig(source=source, path=data)
     else:
         raise ConfigError("give either --config FILE, or --model MODEL and --data FOLDER")
     sampling = SamplingConfig(samples=samples, temperature=temperature, max_tokens=max_tokens, seed=seed, rows=rows)
     workers = Workers(actors, cpus, gpus)
     console = Console()
-    labelled = label_split(
-        model, dtype, source, split or source.train_split, sampling, workers, to, console, save_every_s
-    )
+    split = split or data_config.train_split
+    labelled = label_split(model, dtype, data_config, split, sampling, workers, to, console, save_every_s)
     print_labels(labelled, threshold, console)
     console.print(f"labels: {to}", highlight=False, soft_wrap=True)
 
