@@ -1,11 +1,12 @@
 """EMA norm calibration: at inference, every latent gets the length of visual input embeddings; nothing is trained.
 
 Hidden states that are fed back as inputs are much longer than the embeddings that a decoder knows as inputs. The
-reference is a statistic of the norms of each record's visual embeddings, followed by an exponential moving average
+reference follows a statistic s of the norms of each record's visual embeddings as an exponential moving average
 
-    r_1 = s_1,   r_t = decay · r_{t−1} + (1 − decay) · s_t
+    r_t = Σ_i decay^(t−i) · s_i / Σ_i decay^(t−i),   i = 1 … t
 
-record by record, so batches change nothing. A latent keeps its direction.
+record by record, so batches change nothing; divided by the sum of weights, so the first record weighs no more than its
+share. A latent keeps its direction.
 
 Legend: B records, K latents, D width, N visual embeddings of one record.
 """
@@ -25,8 +26,8 @@ class NormCalibration:
     def __init__(self, config: NormCalibrationConfig):
         self._config = config
         self.n_records = 0
-        self.reference = 0.0
-        """The moving average after the last record."""
+        self._sum = 0.0
+        self._weight = 0.0
 
     def observe(self, tokens: ImageTokens) -> Tensor:
         """(B,) float64 the norm for each record's latents, in order; NaN, which leaves them, while warming up."""
@@ -34,10 +35,11 @@ class NormCalibration:
         for images in tokens.rows:
             norms_N = torch.cat(tokens.tokens[images]).detach().double().norm(dim=-1)
             statistic = float(norms_N.mean() if self._config.statistic == "mean" else norms_N.quantile(0.5))
-            decay = self._config.decay if self.n_records else 0.0
-            self.reference = decay * self.reference + (1 - decay) * statistic
+            self._sum = self._config.decay * self._sum + statistic
+            self._weight = self._config.decay * self._weight + 1.0
             self.n_records += 1
-            norms.append(self.reference if self.n_records > self._config.warmup_records else torch.nan)
+            is_warm = self.n_records > self._config.warmup_records
+            norms.append(self._sum / self._weight if is_warm else torch.nan)
         return torch.tensor(norms, dtype=torch.float64, device=tokens.tokens[0].device)
 
     def __call__(self, latents_BKD: Tensor, tokens: ImageTokens) -> Tensor:

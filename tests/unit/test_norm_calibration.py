@@ -31,11 +31,13 @@ def tokens_of(per_row: list[int], seed: int = 0, width: int = 5) -> ImageTokens:
 
 def plain_references(tokens: ImageTokens, decay: float, statistic: str, warmup: int) -> list[float | None]:
     """The definition as a loop over lists of numbers."""
-    references, average = [], None
+    references: list[float | None] = []
+    seen: list[float] = []
     for row, images in enumerate(tokens.rows):
         norms = [sum(x * x for x in token) ** 0.5 for image in tokens.tokens[images] for token in image.tolist()]
-        current = statistics.mean(norms) if statistic == "mean" else statistics.median(norms)
-        average = current if average is None else decay * average + (1 - decay) * current
+        seen.append(statistics.mean(norms) if statistic == "mean" else statistics.median(norms))
+        weights = [decay ** (row - i) for i in range(row + 1)]
+        average = sum(weight * value for weight, value in zip(weights, seen, strict=True)) / sum(weights)
         references.append(average if row >= warmup else None)
     return references
 
@@ -78,6 +80,13 @@ def test_the_direction_never_changes_and_the_length_is_the_target(exponents, tar
     )
     units_before, units_after = (x / x.norm(dim=-1, keepdim=True) for x in (before, after))
     assert (units_before - units_after).abs().max() <= rounding
+
+
+def test_the_first_record_weighs_no_more_than_its_share():
+    """Ten records of norm 1 after one of norm 100: near their mean, which a start at the first would miss by far."""
+    images = [torch.tensor([[100.0, 0.0]])] + [torch.tensor([[1.0, 0.0]])] * 10
+    norms_B = NormCalibration(NormCalibrationConfig(decay=0.999)).observe(ImageTokens(images, [None] * 11))
+    assert float(norms_B[-1]) == pytest.approx((100 + 10) / 11, rel=0.01)
 
 
 def test_zero_latents_and_rows_that_warm_up_stay_as_they_are():
