@@ -131,7 +131,8 @@ def write_norms(result: dict[str, Any], folder: Path) -> None:
         for kind in ("text", "image")
     }
     series |= {name: {float(len(places)): (figures["mean"],) * 3} for name, figures in result["latents"].items()}
-    label = f"layer (0: input embeddings, {len(places) - 1}: after the final norm)"
+    ends = f"0: input embeddings, {len(places) - 1}: after the final norm"
+    label = f"layer ({ends}, {len(places)}: latents)" if result["latents"] else f"layer ({ends})"
     marks = tuple(result["latents"])
     light, _ = draw(lambda theme: curves(theme, series, label, "mean L2 norm", log=True, marks_only=marks))
     (folder / "norms.png").write_bytes(light)
