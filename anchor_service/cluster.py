@@ -22,19 +22,27 @@ def ray_if_needed(config: Config, anchors: Sequence[AnchorConfig]) -> Iterator[N
     if all(anchor.placement != "ray" for anchor in anchors):
         yield
         return
+    with ray_cluster(sum(a.cpus * a.replicas for a in anchors if a.placement == "ray")):
+        check_resources(config, anchors)
+        yield
+
+
+@contextlib.contextmanager
+def ray_cluster(cpus: float) -> Iterator[None]:
+    """The Ray that is there, else the cluster named by RAY_ADDRESS, else a local one with at least `cpus` logical CPUs.
+
+    What was started here is ended with the context.
+    """
     import ray
 
     if ray.is_initialized():
-        check_resources(config, anchors)
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True)
     else:
-        wanted = sum(a.cpus * a.replicas for a in anchors if a.placement == "ray")
-        ray.init(num_cpus=max(os.cpu_count() or 1, math.ceil(wanted)), include_dashboard=False, logging_level="WARNING")
+        ray.init(num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), include_dashboard=False, logging_level="WARNING")
     try:
-        check_resources(config, anchors)
         yield
     finally:
         ray.shutdown()

@@ -183,6 +183,14 @@ class TrainConfig(Section):
         return self
 
 
+class NormCalibrationConfig(Section):
+    """Latents rescaled to the norm of visual input embeddings at inference (GAP); no training."""
+
+    decay: float = Field(0.99, ge=0, lt=1, description="Of the moving average over records; its source gives none.")
+    statistic: Literal["mean", "median"] = Field("mean", description="Of the norms of a record's visual embeddings.")
+    warmup_records: int = Field(0, ge=0, description="Records that are taken in before any latent is rescaled.")
+
+
 class EvaluationConfig(Section):
     """What `evaluate` measures."""
 
@@ -194,6 +202,9 @@ class EvaluationConfig(Section):
         {}, description="Folders of public benchmarks, by name, for --suite benchmarks."
     )
     bootstrap_samples: int = Field(1000, ge=100)
+    norm_calibration: NormCalibrationConfig | None = Field(
+        None, description="Rescale latents before they are read; {} switches it on with the defaults."
+    )
 
 
 class LoggingConfig(Section):

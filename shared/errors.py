@@ -52,5 +52,16 @@ class NonFiniteError(VisualLatentsError):
     """A loss or a gradient is NaN or infinite; the step was not taken."""
 
 
+class ResponseError(VisualLatentsError, ValueError):
+    """A generated response does not have the form that it should; `position` is the first wrong character."""
+
+    def __init__(self, message: str, position: int):
+        super().__init__(message, position)
+        self.position = position
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class CheckpointError(VisualLatentsError):
     """A checkpoint cannot be written or read."""

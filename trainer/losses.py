@@ -1,6 +1,6 @@
-"""The loss terms of the `anchored` method as pure functions, and their schedules.
+"""The loss terms of the methods as pure functions, and their schedules.
 
-Legend: B images, R anchors, K latents, D width.
+Legend: B images, R anchors, K latents, D width, d PCA coefficients.
 """
 
 from __future__ import annotations
@@ -28,6 +28,16 @@ def norm_loss(latents_BKD: Tensor, target_norm: float | Tensor) -> Tensor:
     """
     norms_BK = latents_BKD.float().norm(dim=-1)
     return (((norms_BK - target_norm) / target_norm) ** 2).mean()
+
+
+def coefficient_loss(predicted_BKd: Tensor, target_BKd: Tensor, variance: float) -> Tensor:
+    """Mean over latents of ‖ĉ_k − c_k‖² / variance, computed in float32.
+
+    variance: of the coefficients in all (`VisualPca.explained_variance_d` summed), so that always predicting the mean
+    of visual embeddings gives about 1 for every model.
+    """
+    squared_BK = (predicted_BKd.float() - target_BKd.float()).square().sum(dim=-1)
+    return squared_BK.mean() / variance
 
 
 def half_cosine(step: int, n_steps: int, start: float, end: float) -> float:

@@ -1,8 +1,9 @@
-"""What a person sees while a run goes on: one rich progress bar with the loss of each anchor."""
+"""What a person sees while something goes on: one rich progress bar, in training with the loss of each anchor."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -10,6 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from shared.config import Config
 
 _PLAIN_EVERY_STEPS = 50
+Item = TypeVar("Item")
+
+
+def track(items: Sequence[Item], console: Console, description: str) -> Iterator[Item]:
+    """Iterate with a bar, in a terminal."""
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        yield from bar.track(items, description=description)
 
 
 class TrainProgress:

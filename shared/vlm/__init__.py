@@ -1,5 +1,6 @@
 """Vision-language models as this project sees them: one class, one small table of family facts."""
 
+from shared.vlm.growing import GrowingRows
 from shared.vlm.model import (
     ImageTokens,
     Processor,
@@ -15,6 +16,7 @@ from shared.vlm.prompt import Prompt
 
 __all__ = [
     "CachedPrefix",
+    "GrowingRows",
     "ImageTokens",
     "Processor",
     "Prompt",

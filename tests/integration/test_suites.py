@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from shared.config import Config, parse_config
+from shared.config import Config, NormCalibrationConfig, parse_config
 from shared.messages import Question
 from shared.reading import pack_questions, score_answers
 from shared.vlm import load_vlm
@@ -20,7 +20,9 @@ from tests.integration.helpers import training_tree
 from trainer.data.clevr import load_clevr
 from trainer.evaluation import run as evaluation_run
 from trainer.evaluation.run import evaluate_run
+from trainer.image_features import ImageFeatures
 from trainer.loop import train_run
+from trainer.norm_calibration import NormCalibration
 
 QUIET = Console(quiet=True)
 SUITES = ("reading", "causal", "controls", "geometry")
@@ -158,3 +160,24 @@ def test_a_benchmark_is_answered_by_likelihood(toy_folder: Path, trained: Path, 
     assert figures["n"] == 3 * len(records)
     assert figures["scores"]["accuracy"] == pytest.approx(sum(map(bool, hits)) / len(hits))
     assert figures["unparsed"] == []
+
+
+def test_norm_calibration_is_a_switch_of_evaluation(toy_folder: Path, trained: Path) -> None:
+    """Latents get the length of visual tokens; figures of the two ways to read them never stand in one file."""
+    config = config_of(toy_folder, trained)
+    evaluate_run(config, QUIET, ["reading"])
+    plain = evaluate_run(config, QUIET, ["geometry"])
+    assert {"anchors", "geometry"} <= plain.keys()
+    switched = config.evaluation.model_copy(update={"norm_calibration": NormCalibrationConfig()})
+    calibrated = evaluate_run(config.model_copy(update={"evaluation": switched}), QUIET, ["geometry"])
+    assert "anchors" not in calibrated
+    before, after = (result["geometry"]["norms"] for result in (plain, calibrated))
+    assert after["image_tokens"] == before["image_tokens"]
+    generator = evaluation_run.trained_generator(config)
+    records = load_clevr(config.data.path, "test")[:7]
+    norms_B = NormCalibration(NormCalibrationConfig()).observe(ImageFeatures(generator, None).of_records(records))
+    ends = torch.stack([norms_B.min(), norms_B.max()])
+    torch.testing.assert_close(torch.tensor([min(after["latents"]), max(after["latents"])]), ends.float())
+    assert after["latents"] != before["latents"]
+    cosines = [result["geometry"]["slot_cosine"] for result in (plain, calibrated)]
+    torch.testing.assert_close(torch.tensor(cosines[0]), torch.tensor(cosines[1]), rtol=0, atol=1e-5)

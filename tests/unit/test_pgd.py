@@ -8,7 +8,6 @@ import torch
 from anchor_service.pool import AnchorPool
 from shared.config import parse_config
 from tests.unit.test_generator import disturb, make_generator
-from trainer.data.records import ImageFile, KindQuestion, Record
 from trainer.evaluation.pgd import adversarial_latents
 from trainer.evaluation.reading import Reader, latents_of
 from trainer.generator import Generator
@@ -18,28 +17,11 @@ LEVELS = 1.0
 """Small, because a random model is linear only nearby."""
 
 
-@pytest.fixture
-def records(pictures, questions, tmp_path) -> list[Record]:
-    found = []
-    for i, (picture, row) in enumerate(zip(pictures, questions, strict=True)):
-        picture.save(tmp_path / f"{i}.png")
-        questions = tuple(KindQuestion("any", q.text, q.answer) for q in row)
-        found.append(
-            Record(
-                str(i),
-                "test",
-                (ImageFile(tmp_path / f"{i}.png"),),
-                tuple(KindQuestion("any", q.text, q.answer) for q in row),
-            )
-        )
-    return found
-
-
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "idefics3"])
 def test_the_attack_stays_within_its_bound_and_costs_more_than_noise_of_its_size(
-    tiny_folder, records, monkeypatch, family
+    tiny_folder, picture_records, monkeypatch, family
 ):
-    folder = tiny_folder(family)
+    folder, records = tiny_folder(family), picture_records
     tree = {
         "run": {"dir": "unused"},
         "generator": {"model": folder, "latents": 4},

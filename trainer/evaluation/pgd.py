@@ -18,6 +18,7 @@ from trainer.bridge import AnchorBridge
 from trainer.data.records import Record
 from trainer.evaluation.reading import batched
 from trainer.generator import Generator
+from trainer.norm_calibration import NormCalibration, rescale
 
 LEVELS = 8.0
 """Largest change of a pixel, in levels of 0 … 255."""
@@ -27,15 +28,27 @@ _STEP_SHARE = 0.5
 
 
 def adversarial_latents(
-    generator: Generator, pool: AnchorPool, records: Sequence[Record], batch_images: int, levels: float = LEVELS
+    generator: Generator,
+    pool: AnchorPool,
+    records: Sequence[Record],
+    batch_images: int,
+    levels: float = LEVELS,
+    calibration: NormCalibration | None = None,
 ) -> Tensor:
-    """(B, K, D) latents of the changed images, in evaluation mode."""
+    """(B, K, D) latents of the changed images, in evaluation mode; the attack knows the calibration."""
     generator.train(False)
     bridge = AnchorBridge(pool, Gradient.FUSED, count_end_of_turn=True)
-    return torch.cat([_attack(generator, bridge, chunk, levels) for chunk in batched(records, batch_images)])
+    attacked = [_attack(generator, bridge, chunk, levels, calibration) for chunk in batched(records, batch_images)]
+    return torch.cat(attacked)
 
 
-def _attack(generator: Generator, bridge: AnchorBridge, records: list[Record], levels: float) -> Tensor:
+def _attack(
+    generator: Generator,
+    bridge: AnchorBridge,
+    records: list[Record],
+    levels: float,
+    calibration: NormCalibration | None,
+) -> Tensor:
     rows = [record.load_images() for record in records]
     inputs, per_row = generator.model.image_inputs([image for row in rows for image in row]), [len(row) for row in rows]
     questions = [[question.message for question in record.questions] for record in records]
@@ -43,13 +56,16 @@ def _attack(generator: Generator, bridge: AnchorBridge, records: list[Record], l
     # Models see (level/255 − mean)/std: the largest std keeps every channel within the bound.
     most = levels / 255 / max(generator.model.processor.image_processor.image_std)
     changed = original.clone()
+    norms_B = None
     for _ in range(N_STEPS):
         changed = changed.detach().requires_grad_()
         tokens = generator.model.image_tokens_from({**inputs, "pixel_values": changed}).in_rows(per_row)
-        read = bridge.read(generator.emit(tokens), questions)
+        if calibration is not None and norms_B is None:
+            norms_B = calibration.observe(tokens)  # of the pictures as they are
+        read = bridge.read(rescale(generator.emit(tokens), norms_B), questions)
         (gradient,) = torch.autograd.grad(read.nll_RB.sum(), changed)
         stepped = changed.detach() + _STEP_SHARE * most * gradient.sign()
         changed = original + (stepped - original).clamp(-most, most)
     with torch.no_grad():
         tokens = generator.image_tokens_from({**inputs, "pixel_values": changed})
-        return generator.emit(tokens.in_rows(per_row))
+        return rescale(generator.emit(tokens.in_rows(per_row)), norms_B)

@@ -27,11 +27,13 @@ from anchor_service.pool import AnchorPool
 from shared.config import Config
 from shared.errors import AnchorLostError
 from shared.messages import ReadReply, ReadRequest
+from shared.vlm import ImageTokens
 from trainer.data.records import Record
 from trainer.data.sampling import derangement
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
 from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
+from trainer.norm_calibration import NormCalibration
 
 Item = TypeVar("Item")
 CONDITIONS = ("ceiling", "latents", "swapped", "floor")
@@ -126,24 +128,40 @@ class Reader:
 
 
 @torch.no_grad()
-def latents_of(generator: Generator, features: ImageFeatures, records: Sequence[Record], batch_images: int) -> Tensor:
+def latents_of(
+    generator: Generator,
+    features: ImageFeatures,
+    records: Sequence[Record],
+    batch_images: int,
+    calibration: NormCalibration | None = None,
+) -> Tensor:
     """(B, K, D) latents of all records, in evaluation mode."""
-    generator.train(False)
-    latents = []
-    for chunk in batched(records, batch_images):
-        latents.append(generator.emit(features.of_records(chunk)))
-    return torch.cat(latents)
+    batches = (features.of_records(chunk) for chunk in batched(records, batch_images))
+    return _emitted(generator, batches, calibration)
 
 
 @torch.no_grad()
-def latents_of_images(generator: Generator, rows: Iterable[Sequence[Image.Image]], batch_images: int) -> Tensor:
+def latents_of_images(
+    generator: Generator,
+    rows: Iterable[Sequence[Image.Image]],
+    batch_images: int,
+    calibration: NormCalibration | None = None,
+) -> Tensor:
     """(B, K, D) latents of rows of images, in evaluation mode; no more than a batch of rows is held at a time."""
+
+    def tokens(batch: list[Sequence[Image.Image]]) -> ImageTokens:
+        inputs = generator.model.image_inputs([image for row in batch for image in row])
+        return generator.image_tokens_from(inputs).in_rows([len(row) for row in batch])
+
+    return _emitted(generator, (tokens(batch) for batch in batched(rows, batch_images)), calibration)
+
+
+def _emitted(generator: Generator, batches: Iterable[ImageTokens], calibration: NormCalibration | None) -> Tensor:
     generator.train(False)
     latents = []
-    for batch in batched(rows, batch_images):
-        inputs = generator.model.image_inputs([image for row in batch for image in row])
-        tokens = generator.image_tokens_from(inputs).in_rows([len(row) for row in batch])
-        latents.append(generator.emit(tokens))
+    for tokens in batches:
+        latents_BKD = generator.emit(tokens)
+        latents.append(latents_BKD if calibration is None else calibration(latents_BKD, tokens))
     return torch.cat(latents)
 
 

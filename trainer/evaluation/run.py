@@ -27,11 +27,11 @@ _SECTIONS = {"reading": "anchors"}
 """Sections of the file are named after their suites, but for this one."""
 
 
-def run_config(run_dir: Path) -> Config:
+def run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved config of a run folder, with `run.dir` where the folder lies now."""
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: not a run folder (no config.yaml); give the folder that train wrote")
-    return load_config(run_dir / "config.yaml", [f"run.dir={run_dir}"])
+    return load_config(run_dir / "config.yaml", [f"run.dir={run_dir}", *overrides])
 
 
 def evaluate_run(
@@ -120,6 +120,7 @@ def _section(suite: str) -> str:
 
 def _header(config: Config, checkpoint: Checkpoint, n_images: int, anchors: Sequence[AnchorConfig]) -> dict[str, Any]:
     """What the figures of all sections belong to."""
+    calibration = config.evaluation.norm_calibration
     return {
         "checkpoint": checkpoint.folder.name,
         "step": checkpoint.step,
@@ -127,6 +128,7 @@ def _header(config: Config, checkpoint: Checkpoint, n_images: int, anchors: Sequ
         "images": n_images,
         "seed": config.train.seed,
         "anchor_names": [anchor.name for anchor in anchors],
+        "norm_calibration": None if calibration is None else calibration.model_dump(),
     }
 
 

@@ -58,6 +58,7 @@ from trainer.evaluation.verdict import VERDICT_TESTS, lost_share, paired_differe
 from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.methods import self_reader
+from trainer.norm_calibration import NormCalibration, start_calibration
 
 Track = Callable[[Iterable[str], str, int], Iterable[str]]
 """Iterates with a progress bar: names, of what, how many."""
@@ -84,7 +85,7 @@ class Session:
 
     @cached_property
     def latents_BKD(self) -> Tensor:
-        return latents_of(self.generator, self.features, self.records, self.config.evaluation.batch_images)
+        return self.latents_of(self.records)
 
     @cached_property
     def conditions(self) -> dict[str, Outcomes]:
@@ -119,6 +120,15 @@ class Session:
             else:
                 self._tests_read[name] = self.reader.nothing(image_markers=test.keeps_markers)
         return {name: self._tests_read[name] for name in names}
+
+    def latents_of(self, records: list[Record]) -> Tensor:
+        """(B, K, D) latents as they are read: calibrated, if the config says so."""
+        batch_images = self.config.evaluation.batch_images
+        return latents_of(self.generator, self.features, records, batch_images, self.calibration())
+
+    def calibration(self) -> NormCalibration | None:
+        """For one more pass over a data set."""
+        return start_calibration(self.config.evaluation.norm_calibration)
 
     @property
     def trained_N(self) -> np.ndarray:
@@ -215,7 +225,7 @@ def transfer_suite(s: Session) -> dict[str, Any]:
     fit_records = training_records(s.config.data, s.config.train.seed)[:FIT_IMAGES]
     fit_sources = {
         "visual_tokens": torch.cat([pooled for pooled, _ in s.visual_tokens(fit_records)]),
-        "latents": latents_of(s.generator, s.features, fit_records, s.config.evaluation.batch_images),
+        "latents": s.latents_of(fit_records),
     }
     readers = {reader.name: reader for reader in s.config.evaluation.transfer}
     return {
@@ -228,7 +238,7 @@ def benchmarks_suite(s: Session) -> dict[str, Any]:
     """By public benchmark of the config: official figures by anchor, from latents and from the image."""
     folders, batch_images = s.config.evaluation.benchmarks, s.config.evaluation.batch_images
     return {
-        name: read_benchmark(name, folders[name], s.generator, s.pool, batch_images)
+        name: read_benchmark(name, folders[name], s.generator, s.pool, batch_images, s.calibration())
         for name in s.track(folders, "benchmarks", len(folders))
     }
 
@@ -285,7 +295,7 @@ SUITES: dict[str, Callable[[Session], dict[str, Any]]] = {
 def _control_latents(s: Session, name: str) -> Tensor:
     seed, batch_images = s.config.train.seed, s.config.evaluation.batch_images
     if name == "pgd":
-        return adversarial_latents(s.generator, s.pool, s.records, batch_images)
+        return adversarial_latents(s.generator, s.pool, s.records, batch_images, calibration=s.calibration())
     if name == "other_image":
         # The first question's answer stands for the image's: another picture for which it would be wrong.
         answers_B = [record.questions[0].answer for record in s.records]
@@ -293,7 +303,7 @@ def _control_latents(s: Session, name: str) -> Tensor:
     rows = (
         [perturbations([seed, i])[name](image) for image in record.load_images()] for i, record in enumerate(s.records)
     )
-    return latents_of_images(s.generator, rows, batch_images)
+    return latents_of_images(s.generator, rows, batch_images, s.calibration())
 
 
 def _against_latents(s: Session, changed: Outcomes, anchor: str) -> dict[str, Any]:

@@ -7,18 +7,16 @@ Legend: B images, K latents, D width, L layers, T row length, I × J the grid of
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from shared.config import Config
 from shared.errors import CheckpointError
+from shared.vlm.hidden import hidden_states
 from trainer.checkpoint import CheckpointStore
 from trainer.data import load_records
 from trainer.data.records import Record
@@ -94,7 +92,7 @@ def hidden_norms(generator: Generator, images: Sequence[Image.Image]) -> dict[st
     per_image = []
     for image in images:  # one by one: no padding stands among the text positions
         tokens = generator.image_tokens_from(generator.model.image_inputs([image]))
-        with _hidden_states(generator.model.decoder) as layers:
+        with hidden_states(generator.model.decoder) as layers:
             generator.emit(tokens)
         norms_LT = torch.stack([hidden_1TD[0].float().norm(dim=-1) for hidden_1TD in layers])
         kinds_T = np.full(norms_LT.shape[1], "text", dtype=object)
@@ -102,23 +100,3 @@ def hidden_norms(generator: Generator, images: Sequence[Image.Image]) -> dict[st
         kinds_T[-generator.n_latents :] = "latents"
         per_image.append({kind: norms_LT[:, kinds_T == kind].mean(dim=1) for kind in dict.fromkeys(kinds_T[::-1])})
     return {kind: torch.stack([norms[kind] for norms in per_image]).mean(dim=0).tolist() for kind in per_image[0]}
-
-
-@contextlib.contextmanager
-def _hidden_states(decoder: Any) -> Iterator[list[Tensor]]:
-    """Collects the input embeddings and the output of every layer of one pass, (B, T, D) each."""
-    states: list[Tensor] = []
-
-    def before(_module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        states.append(arguments[0] if arguments else keywords["hidden_states"])
-
-    def after(_module: Any, _arguments: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True)]
-    hooks += [layer.register_forward_hook(after) for layer in decoder.layers]
-    try:
-        yield states
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -19,6 +19,7 @@ from trainer.evaluation.benchmarks import likelihood_answer, load_benchmark, sco
 from trainer.evaluation.benchmarks.records import BenchmarkRecord
 from trainer.evaluation.reading import batched, latents_of_images
 from trainer.generator import Generator
+from trainer.norm_calibration import NormCalibration
 
 
 def read_benchmark(
@@ -27,6 +28,7 @@ def read_benchmark(
     generator: Generator,
     pool: AnchorPool,
     batch_images: int,
+    calibration: NormCalibration | None = None,
 ) -> dict[str, Any]:
     """Official figures by anchor and condition (`latents`, `ceiling`), with the records left out.
 
@@ -40,7 +42,7 @@ def read_benchmark(
     for chunk in batched(usable, batch_images):
         rows = [[image.load() for image in record.images] for record in chunk]
         questions = [[Question(record.prompt, candidate) for candidate in record.candidates] for record in chunk]
-        latents_BKD = latents_of_images(generator, rows, batch_images)
+        latents_BKD = latents_of_images(generator, rows, batch_images, calibration)
         request = ReadRequest(pool.new_request_id(), questions, latents_BKD)
         replies = {
             "latents": pool.read(dict.fromkeys(pool.names, request)),

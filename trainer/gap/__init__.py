@@ -1,0 +1,1 @@
+"""Parts of the Granular Alignment Paradigm (GAP) beside its training: visual PCA, latent heads, norms, difficulty."""
