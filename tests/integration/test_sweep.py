@@ -31,7 +31,7 @@ def test_a_stopped_sweep_goes_on_and_shows_what_failed(toy_folder: Path, tmp_pat
     config = write_config({**tree, "anchors": []}, tmp_path / "config.yaml")
     to = tmp_path / "sweep"
     # A model folder that does not exist is no fault of the grid: it is found when the run loads it.
-    grid = ["--grid", f"generator.model={toy_folder / 'A'},{toy_folder / 'gone'}", "--grid", "K=4,9"]
+    grid = ["--grid", f"generator.model={toy_folder / 'A'},{toy_folder / 'gone'}", "--grid", "K=4"]
 
     first = start(config, to, *grid)
     try:
@@ -48,16 +48,16 @@ def test_a_stopped_sweep_goes_on_and_shows_what_failed(toy_folder: Path, tmp_pat
     second = start(config, to, *grid)
     output, _ = second.communicate(timeout=LIMIT_S)
     assert second.returncode == 0, output
-    assert f"8 runs, {len(finished)} of them finished" in output
+    assert f"4 runs, {len(finished)} of them finished" in output
     assert {file: file.stat().st_mtime_ns for file in finished} == finished, "a finished run was run again"
     results = json.loads((to / "results.json").read_text())
-    good, bad = results["points"][:2], results["points"][2:]
-    assert [(point["seeds"], point["failed_seeds"]) for point in good] == [(2, [])] * 2
-    assert all(0 <= point["figures"]["accuracy"]["value"] <= 1 for point in good)
-    assert [(point["seeds"], point["failed_seeds"]) for point in bad] == [(0, [0, 1])] * 2
+    good, bad = results["points"]
+    assert (good["seeds"], good["failed_seeds"]) == (2, [])
+    assert 0 <= good["figures"]["accuracy"]["value"] <= 1
+    assert (bad["seeds"], bad["failed_seeds"]) == (0, [0, 1])
     assert all("no such model folder" in run["error"] for run in results["runs"] if "gone" in run["folder"])
-    assert output.count("failed:") == 4
+    assert output.count("failed:") == 2
     assert (to / "results.png").is_file()
-    for run in results["runs"][:4]:
+    for run in results["runs"][:2]:
         lines = (REPOSITORY / run["folder"] / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(40))
