@@ -1,0 +1,256 @@
+"""What toy model E learns before any task: to see several images, marked points, boxes, parts and styles.
+
+Records of one to three pictures with questions about each of them and about two at once. None of the nine tasks is
+among them: things stand on the grid or lie scattered, parts are never put together, nothing is matched by a point.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from trainer.data.records import KindQuestion, Record
+from trainer.toy.questions import cell_name
+from trainer.toy.tasks.pictures import (
+    GRAY,
+    LABELS,
+    REFERENCE,
+    Picture,
+    Style,
+    Thing,
+    draw,
+    in_cell,
+    new_picture,
+    sample_cells,
+    sample_thing,
+)
+from trainer.toy.tasks.whole_images import QUADRANT, STYLES
+from trainer.toy.world import CELL_PX, COLORS, GRID, IMAGE_PX, SHAPES
+
+ORDINALS = ("first", "second", "third")
+ALL_PARTS = (*SHAPES, "bar", "rails", "wedge", "ring", "frame")
+BRIGHTNESS = ((0.5, "dark"), (0.7, "gray"), (np.inf, "pale"))
+"""Upper bound of the reflectance that a word stands for."""
+_FINE_GRID = 4
+_MIN_THINGS_COUNTED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryImage:
+    """An image that is kept in memory."""
+
+    data: bytes
+
+    def read(self) -> bytes:
+        """The encoded image."""
+        return self.data
+
+    def __str__(self) -> str:
+        return "an image in memory"
+
+
+def perception_records(n: int, seed: int, progress: Callable[[], None] | None = None) -> list[Record]:
+    """n records; `progress` is called after each."""
+    records = []
+    for i in range(n):
+        rng = np.random.default_rng([seed, i])
+        pictures = _pictures(rng)
+        images = []
+        for picture in pictures:
+            buffer = io.BytesIO()
+            draw(picture, rng).save(buffer, "PNG", compress_level=1)
+            images.append(MemoryImage(buffer.getvalue()))
+        questions = {question.text: question for question in _questions(rng, pictures)}
+        records.append(Record(f"perception/{i:06d}", "perception", tuple(images), tuple(questions.values())))
+        if progress is not None:
+            progress()
+    return records
+
+
+def _pictures(rng: np.random.Generator) -> list[Picture]:
+    """One to three pictures of one sort; of scenes on the grid the second is often a variant of the first."""
+    sort = rng.choice([_grid_scene, _scattered, _loose_parts, _gray_scene], p=[0.6, 0.15, 0.15, 0.1])
+    pictures = [sort(rng) for _ in range(int(rng.integers(1, len(ORDINALS) + 1)))]
+    if sort is _grid_scene:
+        pictures[1:] = [_variant(rng, pictures[0]) if rng.random() < 0.7 else picture for picture in pictures[1:]]
+    return pictures
+
+
+def _grid_scene(rng: np.random.Generator) -> Picture:
+    things = [in_cell(rng, *cell, jitter_px=2.5) for cell in sample_cells(rng, int(rng.integers(2, 9)))]
+    style = STYLES[int(rng.integers(len(STYLES)))] if rng.random() < 0.4 else Style()
+    return _with_extras(rng, new_picture(things, rng, style))
+
+
+def _with_extras(rng: np.random.Generator, picture: Picture) -> Picture:
+    """Points, boxes, or a covered part; often none."""
+    extra = rng.choice(["points", "boxes", "window", "hidden", "none"], p=[0.35, 0.2, 0.1, 0.1, 0.25])
+    order = [picture.things[int(i)] for i in rng.permutation(len(picture.things))]
+    if extra == "points":
+        labels = [REFERENCE] if rng.random() < 0.4 else [str(label) for label in rng.permutation(list(LABELS))]
+        marked = zip(labels, order, strict=False)
+        return replace(picture, points=tuple((label, t.x_px, t.y_px) for label, t in marked))
+    if extra == "boxes":
+        boxes = []
+        for label, thing in zip("ab", order, strict=False):
+            half = thing.radius_px * float(rng.uniform(0.9, 1.6))
+            x, y = (place + float(rng.uniform(-2, 2)) for place in (thing.x_px, thing.y_px))
+            boxes.append((label, (x - half, y - half, x + half, y + half)))
+        return replace(picture, boxes=tuple(boxes))
+    if extra == "window":
+        return replace(picture, window=QUADRANT)
+    return replace(picture, hidden=QUADRANT) if extra == "hidden" else picture
+
+
+def _variant(rng: np.random.Generator, picture: Picture) -> Picture:
+    """The same scene under another light with some things exchanged, added or gone."""
+    things = []
+    for cell in itertools.product(range(GRID), repeat=2):
+        here = _at(picture, cell)
+        if rng.random() < 0.35:
+            here = in_cell(rng, *cell) if rng.random() < 0.7 else None
+        if here is not None:
+            things.append(here)
+    return _with_extras(rng, new_picture(things, rng, picture.style))
+
+
+def _scattered(rng: np.random.Generator) -> Picture:
+    """Few colours and shapes, so that there is something to count."""
+    colors = rng.permutation(list(COLORS))[: int(rng.integers(1, 4))]
+    things = []
+    for cell in rng.permutation(_FINE_GRID**2)[: int(rng.integers(1, 12))]:
+        row, column = divmod(int(cell), _FINE_GRID)
+        x, y = (IMAGE_PX / _FINE_GRID * (i + 0.5) + float(rng.uniform(-1.5, 1.5)) for i in (column, row))
+        things.append(replace(sample_thing(rng, x, y, float(rng.uniform(3, 4.4))), color=str(rng.choice(colors))))
+    return new_picture(things, rng)
+
+
+def _loose_parts(rng: np.random.Generator) -> Picture:
+    things = [
+        replace(in_cell(rng, *cell, jitter_px=3), shape=str(rng.choice(ALL_PARTS)), turns=int(rng.integers(4)))
+        for cell in sample_cells(rng, int(rng.integers(4, 7)))
+    ]
+    return _marked(rng, new_picture(things, rng))
+
+
+def _gray_scene(rng: np.random.Generator) -> Picture:
+    things = [
+        replace(in_cell(rng, *cell), color=GRAY, radius_px=6.0, reflectance=float(rng.uniform(0.35, 0.95)))
+        for cell in sample_cells(rng, int(rng.integers(4, 7)))
+    ]
+    light = [1.05, float(rng.uniform(0.5, 1.0))]
+    picture = new_picture(things, rng, Style(outline="black"))
+    left, right = (light[int(i)] for i in rng.permutation(2))
+    return _marked(rng, replace(picture, light=(left, right)))
+
+
+def _marked(rng: np.random.Generator, picture: Picture) -> Picture:
+    labels = [str(label) for label in rng.permutation([*LABELS])] if rng.random() < 0.7 else [REFERENCE]
+    marked = zip(labels, picture.things, strict=False)
+    return replace(picture, points=tuple((label, t.x_px, t.y_px) for label, t in marked))
+
+
+def _questions(rng: np.random.Generator, pictures: list[Picture]) -> Iterator[KindQuestion]:
+    for ordinal, picture in zip(ORDINALS, pictures, strict=False):
+        image = f"the {ordinal} image"
+        on_grid = len(picture.things) == 0 or min(t.radius_px for t in picture.things) > 4.1
+        if picture.window is not None or picture.hidden is not None:
+            yield from _colors(rng, picture, image)
+        elif on_grid and not any(t.turns for t in picture.things):
+            yield from _cells(rng, picture, image)
+            yield from _style(picture, image)
+        yield from _points_and_boxes(picture, image)
+        if picture.window is None and picture.hidden is None and not picture.points:
+            yield from _counts(rng, picture, image)
+    yield from _comparisons(rng, pictures)
+
+
+def _at(picture: Picture, cell: tuple[int, int]) -> Thing | None:
+    return next((t for t in picture.things if _cell(t) == cell), None)
+
+
+def _cell(thing: Thing) -> tuple[int, int]:
+    return int(thing.y_px // CELL_PX), int(thing.x_px // CELL_PX)
+
+
+def _name(thing: Thing | None) -> str:
+    if thing is None:
+        return "nothing"
+    if thing.color == GRAY:
+        return f"{next(word for bound, word in BRIGHTNESS if thing.reflectance < bound)} {thing.shape}"
+    return thing.name
+
+
+def _cells(rng: np.random.Generator, picture: Picture, image: str) -> Iterator[KindQuestion]:
+    for cell in (*[_cell(t) for t in picture.things], *sample_cells(rng, 1)):
+        yield KindQuestion("cell", f"what is in the {cell_name(*cell)} of {image}?", _name(_at(picture, cell)))
+
+
+def _colors(rng: np.random.Generator, picture: Picture, image: str) -> Iterator[KindQuestion]:
+    """Of things that a covered part leaves at least a quarter of."""
+    shown = [(1, 1), (1, 2), (2, 1), (2, 2)]
+    if picture.hidden is not None:
+        shown = [cell for cell in itertools.product(range(GRID), repeat=2) if cell != (2, 2)]
+    for i in rng.permutation(len(shown))[:4]:
+        thing = _at(picture, shown[int(i)])
+        yield KindQuestion(
+            "covered",
+            f"what color is in the {cell_name(*shown[int(i)])} of {image}?",
+            thing.color if thing else "nothing",
+        )
+
+
+def _points_and_boxes(picture: Picture, image: str) -> Iterator[KindQuestion]:
+    for label, x, y in picture.points:
+        point = "the point" if label == REFERENCE else f"point {label}"
+        thing = next(t for t in picture.things if (t.x_px, t.y_px) == (x, y))
+        yield KindQuestion("point", f"what is at {point} of {image}?", _name(thing))
+        yield KindQuestion("where", f"where is {point} of {image}?", cell_name(*_cell(thing)))
+    for label, (left, top, right, bottom) in picture.boxes:
+        x, y = (left + right) / 2, (top + bottom) / 2
+        thing = min(picture.things, key=lambda t: (t.x_px - x) ** 2 + (t.y_px - y) ** 2)
+        yield KindQuestion("box", f"what is in box {label} of {image}?", _name(thing))
+
+
+def _style(picture: Picture, image: str) -> Iterator[KindQuestion]:
+    style = picture.style
+    if picture.things and picture.things[0].color != GRAY:
+        yield KindQuestion("style", f"what style has {image}?", f"{style.palette} {style.texture} {style.outline}")
+
+
+def _counts(rng: np.random.Generator, picture: Picture, image: str) -> Iterator[KindQuestion]:
+    for _ in range(2):
+        color = str(rng.choice(list(COLORS))) if rng.random() < 0.6 else None
+        shape = str(rng.choice(SHAPES)) if color is None or rng.random() < 0.4 else None
+        n = sum(color in (None, t.color) and shape in (None, t.shape) for t in picture.things)
+        if n <= 6 and (n > 0 or rng.random() < 0.3):
+            noun = f"{shape}s" if shape else "things"
+            yield KindQuestion("count", f"how many {f'{color} ' if color else ''}{noun} has {image}?", str(n))
+
+
+def _comparisons(rng: np.random.Generator, pictures: list[Picture]) -> Iterator[KindQuestion]:
+    """About two images at once: is a cell the same, and which image has something that the others lack."""
+    whole = [(o, p) for o, p in zip(ORDINALS, pictures, strict=False) if p.window is None and p.hidden is None]
+    if any(t.color == GRAY or t.turns or t.radius_px < 4.1 for _, p in whole for t in p.things):
+        return
+    for (one, first), (two, second) in itertools.combinations(whole, 2):
+        by_answer: dict[str, list[tuple[int, int]]] = {"yes": [], "no": []}
+        for cell in itertools.product(range(GRID), repeat=2):
+            names = _name(_at(first, cell)), _name(_at(second, cell))
+            if names != ("nothing", "nothing"):
+                by_answer["yes" if names[0] == names[1] else "no"].append(cell)
+        n = min(2, *(len(cells) for cells in by_answer.values()))
+        for answer, cells in by_answer.items():
+            for i in rng.permutation(len(cells))[:n]:
+                cell = cell_name(*cells[int(i)])
+                yield KindQuestion("same", f"has the {two} image the same in the {cell} as the {one}?", answer)
+    if len(whole) == len(pictures) > 1:
+        names = [{t.name for t in p.things} for p in pictures]
+        for i, ordinal in enumerate(ORDINALS[: len(pictures)]):
+            own = sorted(names[i].difference(*(names[:i] + names[i + 1 :])))
+            if own:
+                yield KindQuestion("which", f"which image has a {rng.choice(own)}?", ordinal)
