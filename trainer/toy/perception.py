@@ -54,7 +54,7 @@ class MemoryImage:
 
 
 def perception_records(n: int, seed: int, progress: Callable[[], None] | None = None) -> list[Record]:
-    """n records; `progress` is called after each."""
+    """N records; `progress` is called after each."""
     records = []
     for i in range(n):
         rng = np.random.default_rng([seed, i])

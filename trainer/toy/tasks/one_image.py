@@ -38,7 +38,7 @@ def counting(rng: np.random.Generator, answer: str) -> Example:
     return Example((new_picture(things, rng),), f"how many {f'{color} ' if color else ''}{noun} are there?", answer)
 
 
-def localization(rng: np.random.Generator, answer: str) -> Example:
+def object_localization(rng: np.random.Generator, answer: str) -> Example:
     """Which of two boxes is the tighter around the named thing; the other is jittered to an IoU of .2 to .5 (COCO)."""
     radii = [float(rng.uniform(5.0, 8.0)), *(float(rng.uniform(3.5, 6.0)) for _ in range(rng.integers(2, 5)))]
     while True:
@@ -84,7 +84,7 @@ def overlap(one: Box, two: Box) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def reflectance(rng: np.random.Generator, answer: str) -> Example:
+def relative_reflectance(rng: np.random.Generator, answer: str) -> Example:
     """Which of two marked grey things reflects less, in a light that falls off to one side (Multi-Illumination)."""
     dark = float(rng.uniform(0.38, 0.6))
     bright = dark * float(rng.uniform(*_DARKER))

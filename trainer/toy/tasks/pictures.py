@@ -111,7 +111,7 @@ def in_cell(rng: np.random.Generator, row: int, column: int, jitter_px: float = 
 
 
 def sample_cells(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
-    """n cells (row, column) of the grid in any order, each once."""
+    """N cells (row, column) of the grid in any order, each once."""
     return [(int(cell) // GRID, int(cell) % GRID) for cell in rng.permutation(GRID * GRID)[:n]]
 
 

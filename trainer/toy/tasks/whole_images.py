@@ -87,7 +87,7 @@ def _styled_scene(rng: np.random.Generator, style: Style) -> Picture:
     return new_picture([in_cell(rng, *cell) for cell in cells], rng, style)
 
 
-def similarity(rng: np.random.Generator, answer: str) -> Example:
+def visual_similarity(rng: np.random.Generator, answer: str) -> Example:
     """Which of two variants of the first image has fewer things changed (NIGHTS): 1 or 2 against 2 more."""
     cells = sample_cells(rng, int(rng.integers(5, 8)))
     things = [in_cell(rng, *cell) for cell in cells]
