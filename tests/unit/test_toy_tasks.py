@@ -294,9 +294,9 @@ def test_pictures_of_plain_things_are_those_of_the_toy_world() -> None:
 def test_marks_windows_and_styles_change_what_they_should() -> None:
     thing = Thing("square", "red", 24.0, 24.0, 8.0)
     plain = Picture((thing,), (1.0, 1.0), 120)
-    marked = replace(plain, points=(("b", 10.0, 30.0),))
+    marked = replace(plain, points=(("b", 10.5, 30.5),))
     rows, columns = np.nonzero((drawn(marked) != drawn(plain)).any(2))
-    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (8, 11, 28, 31)
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (8, 12, 28, 32)
     assert (drawn(marked)[30, 10] == LABELS["b"]).all()
     window, hidden = (drawn(replace(plain, **{name: QUADRANT})) for name in ("window", "hidden"))
     assert np.array_equal(window + hidden, drawn(plain))

@@ -79,14 +79,15 @@ class ToyModel:
     more_words: tuple[str, ...] = ()
 
 
-HARD_KINDS = ("relate", "count_complex", "same", "which")
+HARD_KINDS = ("relate", "count_complex", "same", "which", "differ", "point", "where", "box", "style", "count")
 _LEARN_TO_SEE, _LEARN_TO_RELATE = Stage(2400, 3e-3), Stage(1600, 2e-3, hard_questions=5)
+_LEARN_SEVERAL_IMAGES = (Stage(900, 3e-3, hard_questions=3), Stage(1100, 3e-3, hard_questions=6))
 TOY_MODELS = (
     ToyModel("A", "qwen2_5_vl", None, 1, (_LEARN_TO_SEE, _LEARN_TO_RELATE)),
     ToyModel("B", "qwen2_5_vl", "A", 2, (Stage(600, 1.5e-3, hard_questions=3),)),
     ToyModel("C", "qwen2_5_vl", "A", 3, (Stage(600, 1.5e-3, hard_questions=3),)),
     ToyModel("D", "llava", None, 4, (Stage(2200, 3e-3), _LEARN_TO_RELATE)),
-    ToyModel("E", "qwen2_5_vl", "A", 5, (Stage(1400, 3e-3, hard_questions=3),), "perception", TASK_WORDS),
+    ToyModel("E", "qwen2_5_vl", "A", 5, _LEARN_SEVERAL_IMAGES, "perception", TASK_WORDS),
 )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from trainer.data.records import KindQuestion, Record
 from trainer.toy.questions import cell_name
+from trainer.toy.tasks.one_image import MAX_COUNT
 from trainer.toy.tasks.pictures import (
     GRAY,
     LABELS,
@@ -36,7 +37,6 @@ ALL_PARTS = (*SHAPES, "bar", "rails", "wedge", "ring", "frame")
 BRIGHTNESS = ((0.5, "dark"), (0.7, "gray"), (np.inf, "pale"))
 """Upper bound of the reflectance that a word stands for."""
 _FINE_GRID = 4
-_MIN_THINGS_COUNTED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,35 +54,39 @@ class MemoryImage:
 
 
 def perception_records(n: int, seed: int, progress: Callable[[], None] | None = None) -> list[Record]:
-    """N records; `progress` is called after each."""
+    """N records with their images in memory; `progress` is called after each."""
     records = []
     for i in range(n):
         rng = np.random.default_rng([seed, i])
-        pictures = _pictures(rng)
+        pictures, questions = sample_perception(rng)
         images = []
         for picture in pictures:
             buffer = io.BytesIO()
             draw(picture, rng).save(buffer, "PNG", compress_level=1)
             images.append(MemoryImage(buffer.getvalue()))
-        questions = {question.text: question for question in _questions(rng, pictures)}
-        records.append(Record(f"perception/{i:06d}", "perception", tuple(images), tuple(questions.values())))
+        records.append(Record(f"perception/{i:06d}", "perception", tuple(images), tuple(questions)))
         if progress is not None:
             progress()
     return records
 
 
-def _pictures(rng: np.random.Generator) -> list[Picture]:
-    """One to three pictures of one sort; of scenes on the grid the second is often a variant of the first."""
-    sort = rng.choice([_grid_scene, _scattered, _loose_parts, _gray_scene], p=[0.6, 0.15, 0.15, 0.1])
-    pictures = [sort(rng) for _ in range(int(rng.integers(1, len(ORDINALS) + 1)))]
-    if sort is _grid_scene:
+def sample_perception(rng: np.random.Generator) -> tuple[list[Picture], list[KindQuestion]]:
+    """One to three pictures of one sort, and every question that is asked about them, each text once.
+
+    Of scenes on the grid the second and third are often variants of the first.
+    """
+    sort = str(rng.choice(list(_SORTS), p=[share for _, share in _SORTS.values()]))
+    sample, _ = _SORTS[sort]
+    pictures = [sample(rng) for _ in range(int(rng.integers(1, len(ORDINALS) + 1)))]
+    if sort == "grid":
         pictures[1:] = [_variant(rng, pictures[0]) if rng.random() < 0.7 else picture for picture in pictures[1:]]
-    return pictures
+    questions = {question.text: question for question in _questions(rng, sort, pictures)}
+    return (pictures, list(questions.values())) if questions else sample_perception(rng)
 
 
 def _grid_scene(rng: np.random.Generator) -> Picture:
     things = [in_cell(rng, *cell, jitter_px=2.5) for cell in sample_cells(rng, int(rng.integers(2, 9)))]
-    style = STYLES[int(rng.integers(len(STYLES)))] if rng.random() < 0.4 else Style()
+    style = STYLES[int(rng.integers(len(STYLES)))] if rng.random() < 0.6 else Style()
     return _with_extras(rng, new_picture(things, rng, style))
 
 
@@ -107,11 +111,12 @@ def _with_extras(rng: np.random.Generator, picture: Picture) -> Picture:
 
 
 def _variant(rng: np.random.Generator, picture: Picture) -> Picture:
-    """The same scene under another light with some things exchanged, added or gone."""
+    """The same scene under another light with no, some or many things exchanged, added or gone."""
     things = []
+    share = float(rng.choice([0.0, 0.1, 0.25, 0.4]))
     for cell in itertools.product(range(GRID), repeat=2):
         here = _at(picture, cell)
-        if rng.random() < 0.35:
+        if rng.random() < share:
             here = in_cell(rng, *cell) if rng.random() < 0.7 else None
         if here is not None:
             things.append(here)
@@ -154,19 +159,34 @@ def _marked(rng: np.random.Generator, picture: Picture) -> Picture:
     return replace(picture, points=tuple((label, t.x_px, t.y_px) for label, t in marked))
 
 
-def _questions(rng: np.random.Generator, pictures: list[Picture]) -> Iterator[KindQuestion]:
+_SORTS = {
+    "grid": (_grid_scene, 0.6),
+    "scattered": (_scattered, 0.15),
+    "parts": (_loose_parts, 0.15),
+    "gray": (_gray_scene, 0.1),
+}
+"""How each sort of picture is sampled, and how often."""
+
+
+def _questions(rng: np.random.Generator, sort: str, pictures: list[Picture]) -> Iterator[KindQuestion]:
     for ordinal, picture in zip(ORDINALS, pictures, strict=False):
         image = f"the {ordinal} image"
-        on_grid = len(picture.things) == 0 or min(t.radius_px for t in picture.things) > 4.1
-        if picture.window is not None or picture.hidden is not None:
+        if not _whole(picture):
             yield from _colors(rng, picture, image)
-        elif on_grid and not any(t.turns for t in picture.things):
+        elif sort in ("grid", "gray"):
             yield from _cells(rng, picture, image)
-            yield from _style(picture, image)
+        if sort == "grid" and _whole(picture):
+            style = picture.style
+            yield KindQuestion("style", f"what style has {image}?", f"{style.palette} {style.texture} {style.outline}")
         yield from _points_and_boxes(picture, image)
-        if picture.window is None and picture.hidden is None and not picture.points:
+        if sort in ("grid", "scattered") and _whole(picture):
             yield from _counts(rng, picture, image)
-    yield from _comparisons(rng, pictures)
+    if sort == "grid":
+        yield from _comparisons(rng, pictures)
+
+
+def _whole(picture: Picture) -> bool:
+    return picture.window is None and picture.hidden is None
 
 
 def _at(picture: Picture, cell: tuple[int, int]) -> Thing | None:
@@ -216,27 +236,19 @@ def _points_and_boxes(picture: Picture, image: str) -> Iterator[KindQuestion]:
         yield KindQuestion("box", f"what is in box {label} of {image}?", _name(thing))
 
 
-def _style(picture: Picture, image: str) -> Iterator[KindQuestion]:
-    style = picture.style
-    if picture.things and picture.things[0].color != GRAY:
-        yield KindQuestion("style", f"what style has {image}?", f"{style.palette} {style.texture} {style.outline}")
-
-
 def _counts(rng: np.random.Generator, picture: Picture, image: str) -> Iterator[KindQuestion]:
     for _ in range(2):
         color = str(rng.choice(list(COLORS))) if rng.random() < 0.6 else None
         shape = str(rng.choice(SHAPES)) if color is None or rng.random() < 0.4 else None
         n = sum(color in (None, t.color) and shape in (None, t.shape) for t in picture.things)
-        if n <= 6 and (n > 0 or rng.random() < 0.3):
+        if n <= MAX_COUNT and (n > 0 or rng.random() < 0.3):
             noun = f"{shape}s" if shape else "things"
             yield KindQuestion("count", f"how many {f'{color} ' if color else ''}{noun} has {image}?", str(n))
 
 
 def _comparisons(rng: np.random.Generator, pictures: list[Picture]) -> Iterator[KindQuestion]:
     """About two images at once: is a cell the same, and which image has something that the others lack."""
-    whole = [(o, p) for o, p in zip(ORDINALS, pictures, strict=False) if p.window is None and p.hidden is None]
-    if any(t.color == GRAY or t.turns or t.radius_px < 4.1 for _, p in whole for t in p.things):
-        return
+    whole = [(ordinal, picture) for ordinal, picture in zip(ORDINALS, pictures, strict=False) if _whole(picture)]
     for (one, first), (two, second) in itertools.combinations(whole, 2):
         by_answer: dict[str, list[tuple[int, int]]] = {"yes": [], "no": []}
         for cell in itertools.product(range(GRID), repeat=2):
@@ -244,6 +256,9 @@ def _comparisons(rng: np.random.Generator, pictures: list[Picture]) -> Iterator[
             if names != ("nothing", "nothing"):
                 by_answer["yes" if names[0] == names[1] else "no"].append(cell)
         n = min(2, *(len(cells) for cells in by_answer.values()))
+        n_other = len(by_answer["no"])
+        if n_other <= MAX_COUNT:
+            yield KindQuestion("differ", f"how many things of the {two} image are not as in the {one}?", str(n_other))
         for answer, cells in by_answer.items():
             for i in rng.permutation(len(cells))[:n]:
                 cell = cell_name(*cells[int(i)])

@@ -80,7 +80,7 @@ TASK_WORDS = (
         "or",
     ),
     *("bar", "rails", "wedge", "ring", "frame", "gray", "pale", "dark", "bright", "plain", "stripes", "checks"),
-    *("none", "black", "white", "style", "piece", "fits", "similar", "to", "around", "darker", "6"),
+    *("none", "black", "white", "style", "piece", "fits", "similar", "to", "around", "darker", "6", "not"),
 )
 """What model E reads and says beyond the words of A to D, which keep the vocabulary that they were trained with."""
 _TEMPLATE = (

@@ -40,7 +40,7 @@ def counting(rng: np.random.Generator, answer: str) -> Example:
 
 def object_localization(rng: np.random.Generator, answer: str) -> Example:
     """Which of two boxes is the tighter around the named thing; the other is jittered to an IoU of .2 to .5 (COCO)."""
-    radii = [float(rng.uniform(5.0, 8.0)), *(float(rng.uniform(3.5, 6.0)) for _ in range(rng.integers(2, 5)))]
+    radii = [float(rng.uniform(5.0, 8.0)), *(float(rng.uniform(3.0, 5.0)) for _ in range(rng.integers(2, 5)))]
     while True:
         things: list[Thing] = []
         for radius in radii:

@@ -34,7 +34,7 @@ GRAY = "gray"
 _GRAY_RGB = (230, 230, 230)
 _TEXTURE_PX = 2
 _TEXTURE_SHADE = 0.45
-_MARK_PX = 4
+_MARK_PX = 5
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 
@@ -132,7 +132,7 @@ def draw(picture: Picture, rng: np.random.Generator) -> Image.Image:
     for label, (left, top, right, bottom) in picture.boxes:
         over.rectangle((round(left) - 1, round(top) - 1, round(right), round(bottom)), outline=LABELS[label])
     for label, x, y in picture.points:
-        left, top = round(x) - _MARK_PX // 2, round(y) - _MARK_PX // 2
+        left, top = round(x - _MARK_PX / 2), round(y - _MARK_PX / 2)
         square = (left, top, left + _MARK_PX - 1, top + _MARK_PX - 1)
         if label == REFERENCE:
             over.rectangle(square, fill=LABELS["d"], outline=LABELS["c"])
