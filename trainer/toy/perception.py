@@ -17,6 +17,7 @@ from trainer.data.records import KindQuestion, Record
 from trainer.toy.questions import cell_name
 from trainer.toy.tasks.one_image import MAX_COUNT
 from trainer.toy.tasks.pictures import (
+    CELLS,
     GRAY,
     LABELS,
     REFERENCE,
@@ -30,7 +31,7 @@ from trainer.toy.tasks.pictures import (
     sample_thing,
 )
 from trainer.toy.tasks.whole_images import QUADRANT, STYLES
-from trainer.toy.world import CELL_PX, COLORS, GRID, IMAGE_PX, SHAPES
+from trainer.toy.world import CELL_PX, COLORS, IMAGE_PX, SHAPES
 
 ORDINALS = ("first", "second", "third")
 ALL_PARTS = (*SHAPES, "bar", "rails", "wedge", "ring", "frame")
@@ -114,7 +115,7 @@ def _variant(rng: np.random.Generator, picture: Picture) -> Picture:
     """The same scene under another light with no, some or many things exchanged, added or gone."""
     things = []
     share = float(rng.choice([0.0, 0.1, 0.25, 0.4]))
-    for cell in itertools.product(range(GRID), repeat=2):
+    for cell in CELLS:
         here = _at(picture, cell)
         if rng.random() < share:
             here = in_cell(rng, *cell) if rng.random() < 0.7 else None
@@ -214,7 +215,7 @@ def _colors(rng: np.random.Generator, picture: Picture, image: str) -> Iterator[
     """Of things that a covered part leaves at least a quarter of."""
     shown = [(1, 1), (1, 2), (2, 1), (2, 2)]
     if picture.hidden is not None:
-        shown = [cell for cell in itertools.product(range(GRID), repeat=2) if cell != (2, 2)]
+        shown = [cell for cell in CELLS if cell != (2, 2)]
     for i in rng.permutation(len(shown))[:4]:
         thing = _at(picture, shown[int(i)])
         yield KindQuestion(
@@ -251,18 +252,18 @@ def _comparisons(rng: np.random.Generator, pictures: list[Picture]) -> Iterator[
     whole = [(ordinal, picture) for ordinal, picture in zip(ORDINALS, pictures, strict=False) if _whole(picture)]
     for (one, first), (two, second) in itertools.combinations(whole, 2):
         by_answer: dict[str, list[tuple[int, int]]] = {"yes": [], "no": []}
-        for cell in itertools.product(range(GRID), repeat=2):
-            names = _name(_at(first, cell)), _name(_at(second, cell))
-            if names != ("nothing", "nothing"):
-                by_answer["yes" if names[0] == names[1] else "no"].append(cell)
+        for cell in CELLS:
+            here, there = _name(_at(first, cell)), _name(_at(second, cell))
+            if (here, there) != ("nothing", "nothing"):
+                by_answer["yes" if here == there else "no"].append(cell)
         n = min(2, *(len(cells) for cells in by_answer.values()))
         n_other = len(by_answer["no"])
         if n_other <= MAX_COUNT:
             yield KindQuestion("differ", f"how many things of the {two} image are not as in the {one}?", str(n_other))
         for answer, cells in by_answer.items():
             for i in rng.permutation(len(cells))[:n]:
-                cell = cell_name(*cells[int(i)])
-                yield KindQuestion("same", f"has the {two} image the same in the {cell} as the {one}?", answer)
+                place = cell_name(*cells[int(i)])
+                yield KindQuestion("same", f"has the {two} image the same in the {place} as the {one}?", answer)
     if len(whole) == len(pictures) > 1:
         names = [{t.name for t in p.things} for p in pictures]
         for i, ordinal in enumerate(ORDINALS[: len(pictures)]):

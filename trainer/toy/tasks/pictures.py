@@ -35,6 +35,7 @@ _GRAY_RGB = (230, 230, 230)
 _TEXTURE_PX = 2
 _TEXTURE_SHADE = 0.45
 _MARK_PX = 5
+CELLS = tuple((row, column) for row in range(GRID) for column in range(GRID))
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 
@@ -112,7 +113,7 @@ def in_cell(rng: np.random.Generator, row: int, column: int, jitter_px: float = 
 
 def sample_cells(rng: np.random.Generator, n: int) -> list[tuple[int, int]]:
     """N cells (row, column) of the grid in any order, each once."""
-    return [(int(cell) // GRID, int(cell) % GRID) for cell in rng.permutation(GRID * GRID)[:n]]
+    return [CELLS[int(i)] for i in rng.permutation(len(CELLS))[:n]]
 
 
 def draw(picture: Picture, rng: np.random.Generator) -> Image.Image:
@@ -123,14 +124,16 @@ def draw(picture: Picture, rng: np.random.Generator) -> Image.Image:
     image = photograph(canvas, picture.light, rng)
     over = ImageDraw.Draw(image)
     if picture.window is not None:
-        shown = image.crop([round(edge) for edge in picture.window])
+        left, top, right, bottom = _whole_pixels(picture.window)
+        shown = image.crop((left, top, right, bottom))
         over.rectangle((0, 0, IMAGE_PX, IMAGE_PX), fill=(0, 0, 0))
-        image.paste(shown, (round(picture.window[0]), round(picture.window[1])))
+        image.paste(shown, (left, top))
     if picture.hidden is not None:
-        left, top, right, bottom = (round(edge) for edge in picture.hidden)
+        left, top, right, bottom = _whole_pixels(picture.hidden)
         over.rectangle((left, top, right - 1, bottom - 1), fill=(0, 0, 0))
-    for label, (left, top, right, bottom) in picture.boxes:
-        over.rectangle((round(left) - 1, round(top) - 1, round(right), round(bottom)), outline=LABELS[label])
+    for label, box in picture.boxes:
+        left, top, right, bottom = _whole_pixels(box)
+        over.rectangle((left - 1, top - 1, right, bottom), outline=LABELS[label])
     for label, x, y in picture.points:
         left, top = round(x - _MARK_PX / 2), round(y - _MARK_PX / 2)
         square = (left, top, left + _MARK_PX - 1, top + _MARK_PX - 1)
@@ -139,6 +142,11 @@ def draw(picture: Picture, rng: np.random.Generator) -> Image.Image:
         else:
             over.rectangle(square, fill=LABELS[label])
     return image
+
+
+def _whole_pixels(box: Box) -> tuple[int, int, int, int]:
+    left, top, right, bottom = (round(edge) for edge in box)
+    return left, top, right, bottom
 
 
 def _draw_things(picture: Picture, shade: float) -> Image.Image:

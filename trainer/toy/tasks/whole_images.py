@@ -13,6 +13,7 @@ import numpy as np
 
 from trainer.toy.tasks.example import Example
 from trainer.toy.tasks.pictures import (
+    CELLS,
     OUTLINES,
     PALETTES,
     TEXTURES,
@@ -24,7 +25,7 @@ from trainer.toy.tasks.pictures import (
     sample_cells,
     sample_thing,
 )
-from trainer.toy.world import GRID, IMAGE_PX
+from trainer.toy.world import IMAGE_PX
 
 QUADRANT = (IMAGE_PX / 2, IMAGE_PX / 2, float(IMAGE_PX), float(IMAGE_PX))
 CUT_CELLS = ((1, 1), (1, 2), (2, 1))
@@ -38,9 +39,7 @@ def jigsaw(rng: np.random.Generator, answer: str) -> Example:
 
     Things at the cut lie half in the image and half in the piece; the wrong piece has other colours there, or nothing.
     """
-    things: dict[tuple[int, int], Thing | None] = {}
-    for cell in itertools.product(range(GRID), repeat=2):
-        things[cell] = in_cell(rng, *cell) if rng.random() < _FILLED else None
+    things = {cell: in_cell(rng, *cell) if rng.random() < _FILLED else None for cell in CELLS}
     wrong = dict(things)
     n_wrong = int(rng.integers(1, len(CUT_CELLS) + 1))
     for i in rng.permutation(len(CUT_CELLS))[:n_wrong]:
