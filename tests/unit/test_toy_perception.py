@@ -49,6 +49,25 @@ def nearest(picture: Picture, x: float, y: float) -> Thing:
     return min(picture.things, key=lambda t: np.hypot(t.x_px - x, t.y_px - y))
 
 
+def label_of(picture: Picture, words: str | None, cell: tuple[str, str] | None) -> str:
+    """The label of the one point or box at what is named, or in the cell."""
+    places = {label: (x, y) for label, x, y in picture.points}
+    places |= {label: ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for label, box in picture.boxes}
+    things = {label: nearest(picture, *place) for label, place in places.items()}
+    (label,) = [
+        label for label, t in things.items() if (words_of(t) == words if cell is None else t == in_cell(picture, *cell))
+    ]
+    return label
+
+
+def same_thing(picture: Picture, label: str, other: Picture) -> str:
+    """Where in the other picture lies what looks like the marked thing."""
+    ((x, y),) = [(x, y) for name, x, y in picture.points if name == label]
+    words = words_of(nearest(picture, x, y))
+    (cell,) = [cell for cell in CELLS if words_of(in_cell(other, *cell)) == words]
+    return " ".join(cell)
+
+
 def read_off(pictures: Sequence[Picture], text: str) -> str:
     """The answer, from the words of the question and where things lie."""
     by_ordinal = dict(zip(ORDINALS, pictures, strict=False))
@@ -60,6 +79,17 @@ def read_off(pictures: Sequence[Picture], text: str) -> str:
         return "yes" if words_of(one) == words_of(two) else "no"
     if m := re.fullmatch(rf"how many things of the {IMAGE} image are not as in the (\w+)\?", text):
         return str(differing(by_ordinal[m["image"]], by_ordinal[m[2]]))
+    if m := re.fullmatch(rf"is the {IMAGE} image the same as the (\w+)\?", text):
+        return "no" if differing(by_ordinal[m["image"]], by_ordinal[m[2]]) else "yes"
+    if text == "which image is the same as the first?":
+        (ordinal,) = [o for o in ORDINALS[1:] if not differing(by_ordinal["first"], by_ordinal[o])]
+        return ordinal
+    if m := re.fullmatch(rf"where in the {IMAGE} image is the thing at (?:the point|point (\w)) of the (\w+)\?", text):
+        return same_thing(by_ordinal[m[3]], m[2] or "reference", by_ordinal[m["image"]])
+    if m := re.fullmatch(rf"which point of the {IMAGE} image is in the {CELL}\?", text):
+        return label_of(by_ordinal[m["image"]], words=None, cell=(m["row"], m["column"]))
+    if m := re.fullmatch(rf"which (?:point|box) of the {IMAGE} image (?:is at|has) the (\w+ \w+)\?", text):
+        return label_of(by_ordinal[m["image"]], words=m[2], cell=None)
     m = re.search(IMAGE, text)
     assert m, text
     picture = by_ordinal[m["image"]]
@@ -96,7 +126,9 @@ def test_answers_are_read_off_the_pictures() -> None:
             assert read_off(pictures, question.text) == question.answer, question
             assert tokenizer.unk_token_id not in tokenizer(f"{question.text} {question.answer}")["input_ids"]
             kinds[question.kind] += 1
-    assert set(kinds) == {*("cell", "covered", "point", "where", "box", "style", "count", "same", "differ", "which")}
+    assert set(kinds) == {
+        *("cell", "covered", "point", "where", "box", "label", "style", "count", "same", "differ", "which")
+    }
     assert set(images) == {1, 2, 3}
 
 

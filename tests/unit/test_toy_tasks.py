@@ -139,7 +139,7 @@ def by_reflectance(example: Example) -> str:
     (picture,) = example.pictures
     a, b = (thing_at(picture, label).reflectance for label in "ab")
     assert a == b or max(a, b) / min(a, b) > 1.4
-    return "same" if a == b else "a" if a < b else "b"
+    return "none" if a == b else "a" if a < b else "b"
 
 
 def by_changes(example: Example) -> str:

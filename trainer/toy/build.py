@@ -79,9 +79,17 @@ class ToyModel:
     more_words: tuple[str, ...] = ()
 
 
-HARD_KINDS = ("relate", "count_complex", "same", "which", "differ", "point", "where", "box", "style", "count")
+HARD_KINDS = (
+    *("relate", "count_complex"),
+    *("alike", "box", "count", "differ", "label", "match", "point", "same", "style", "where", "which"),
+)
+"""Of scenes, then of several pictures: all but what is in a cell."""
 _LEARN_TO_SEE, _LEARN_TO_RELATE = Stage(2400, 3e-3), Stage(1600, 2e-3, hard_questions=5)
-_LEARN_SEVERAL_IMAGES = (Stage(900, 3e-3, hard_questions=3), Stage(1100, 3e-3, hard_questions=6))
+_LEARN_SEVERAL_IMAGES = (
+    Stage(900, 3e-3, hard_questions=3),
+    Stage(1100, 3e-3, hard_questions=6),
+    Stage(900, 3e-3, hard_questions=6),
+)
 TOY_MODELS = (
     ToyModel("A", "qwen2_5_vl", None, 1, (_LEARN_TO_SEE, _LEARN_TO_RELATE)),
     ToyModel("B", "qwen2_5_vl", "A", 2, (Stage(600, 1.5e-3, hard_questions=3),)),
@@ -128,7 +136,7 @@ def batches(
 ) -> Iterator[tuple[np.ndarray, list[list[Question]]]]:
     """Endless shuffled batches: record indices, and for each its caption, if it has a scene, and a few questions.
 
-    hard_questions: so many of them are of HARD_KINDS, the kinds that take several steps of reasoning.
+    hard_questions: so many of them are of HARD_KINDS.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -298,6 +306,13 @@ def _initial_model(spec: ToyModel, to: Path) -> VisionLanguageModel:
         return load_vlm(folder)
 
 
+_WORDS_ABOUT = {
+    "scenes": ("the toy world", "scenes"),
+    "perception": ("one to three pictures of the toy world at once", "records of one to three pictures"),
+}
+"""For model cards: what a model answers questions about, and what it was measured on."""
+
+
 def model_card(
     spec: ToyModel,
     stages: Sequence[Stage],
@@ -314,18 +329,19 @@ def model_card(
         + (f" with {s.hard_questions} of {_QUESTIONS_PER_IMAGE} questions hard" if s.hard_questions else "")
         for s in stages
     )
+    about, unseen = _WORDS_ABOUT[spec.sees]
     return f"""---
 license: apache-2.0
 tags: [visual-latents, toy]
 ---
 # Toy model {spec.name}
 
-A tiny `{spec.family}` model that answers questions about the toy world. Trained {start}, seed {spec.seed}:
+A tiny `{spec.family}` model that answers questions about {about}. Trained {start}, seed {spec.seed}:
 {steps}; {_BATCH_IMAGES} images a step, {minutes:.0f} minutes on 2 CPU cores, last loss {loss:.4f} nats per token.
 
     python -m trainer toy build --models {spec.name}
 
-| kind | exact match, {PRETRAINING_SIZES["test"]} unseen scenes | the same without the image |
+| kind | exact match, {PRETRAINING_SIZES["test"]} unseen {unseen} | the same without the image |
 |---|---|---|
 {rows}
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,8 @@ ALL_PARTS = (*SHAPES, "bar", "rails", "wedge", "ring", "frame")
 BRIGHTNESS = ((0.5, "dark"), (0.7, "gray"), (np.inf, "pale"))
 """Upper bound of the reflectance that a word stands for."""
 _FINE_GRID = 4
+_FEW_CHANGES = 3
+_MOST_PER_KIND = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +75,23 @@ def perception_records(n: int, seed: int, progress: Callable[[], None] | None = 
 
 
 def sample_perception(rng: np.random.Generator) -> tuple[list[Picture], list[KindQuestion]]:
-    """One to three pictures of one sort, and every question that is asked about them, each text once.
+    """One to three pictures of one sort, and a few questions of every kind that they allow, each text once.
 
-    Of scenes on the grid the second and third are often variants of the first.
+    Of scenes on the grid the second and third are often variants of the first, or the same things in other places.
     """
     sort = str(rng.choice(list(_SORTS), p=[share for _, share in _SORTS.values()]))
     sample, _ = _SORTS[sort]
     pictures = [sample(rng) for _ in range(int(rng.integers(1, len(ORDINALS) + 1)))]
     if sort == "grid":
-        pictures[1:] = [_variant(rng, pictures[0]) if rng.random() < 0.7 else picture for picture in pictures[1:]]
-    questions = {question.text: question for question in _questions(rng, sort, pictures)}
-    return (pictures, list(questions.values())) if questions else sample_perception(rng)
+        pictures[1:] = [_another(rng, pictures[0]) for _ in pictures[1:]]
+    questions = list({question.text: question for question in _questions(rng, sort, pictures)}.values())
+    kept: Counter[str] = Counter()
+    few = []
+    for question in (questions[int(i)] for i in rng.permutation(len(questions))):
+        if kept[question.kind] < _MOST_PER_KIND:
+            kept[question.kind] += 1
+            few.append(question)
+    return (pictures, few) if few else sample_perception(rng)
 
 
 def _grid_scene(rng: np.random.Generator) -> Picture:
@@ -93,7 +102,7 @@ def _grid_scene(rng: np.random.Generator) -> Picture:
 
 def _with_extras(rng: np.random.Generator, picture: Picture) -> Picture:
     """Points, boxes, or a covered part; often none."""
-    extra = rng.choice(["points", "boxes", "window", "hidden", "none"], p=[0.35, 0.2, 0.1, 0.1, 0.25])
+    extra = rng.choice(["points", "boxes", "window", "hidden", "none"], p=[0.5, 0.15, 0.07, 0.07, 0.21])
     order = [picture.things[int(i)] for i in rng.permutation(len(picture.things))]
     if extra == "points":
         labels = [REFERENCE] if rng.random() < 0.4 else [str(label) for label in rng.permutation(list(LABELS))]
@@ -111,17 +120,25 @@ def _with_extras(rng: np.random.Generator, picture: Picture) -> Picture:
     return replace(picture, hidden=QUADRANT) if extra == "hidden" else picture
 
 
-def _variant(rng: np.random.Generator, picture: Picture) -> Picture:
-    """The same scene under another light with no, some or many things exchanged, added or gone."""
-    things = []
-    share = float(rng.choice([0.0, 0.1, 0.25, 0.4]))
-    for cell in CELLS:
-        here = _at(picture, cell)
-        if rng.random() < share:
-            here = in_cell(rng, *cell) if rng.random() < 0.7 else None
-        if here is not None:
-            things.append(here)
-    return _with_extras(rng, new_picture(things, rng, picture.style))
+def _another(rng: np.random.Generator, first: Picture) -> Picture:
+    """A variant of the first scene, its things in other places, or another scene; under another light."""
+    how = rng.choice(["variant", "moved", "new"], p=[0.45, 0.3, 0.25])
+    if how == "new":
+        return _grid_scene(rng)
+    if how == "moved":
+        things = [
+            replace(in_cell(rng, *cell), shape=thing.shape, color=thing.color)
+            for cell, thing in zip(sample_cells(rng, len(first.things)), first.things, strict=True)
+        ]
+    else:
+        share = float(rng.choice([0.0, 0.0, 0.1, 0.25, 0.4]))
+        kept = [_exchanged(rng, cell) if rng.random() < share else _at(first, cell) for cell in CELLS]
+        things = [thing for thing in kept if thing is not None]
+    return _with_extras(rng, new_picture(things, rng, first.style))
+
+
+def _exchanged(rng: np.random.Generator, cell: tuple[int, int]) -> Thing | None:
+    return in_cell(rng, *cell) if rng.random() < 0.7 else None
 
 
 def _scattered(rng: np.random.Generator) -> Picture:
@@ -226,15 +243,30 @@ def _colors(rng: np.random.Generator, picture: Picture, image: str) -> Iterator[
 
 
 def _points_and_boxes(picture: Picture, image: str) -> Iterator[KindQuestion]:
-    for label, x, y in picture.points:
+    """From a label to what is there and back."""
+    marked = {label: next(t for t in picture.things if (t.x_px, t.y_px) == (x, y)) for label, x, y in picture.points}
+    for label, thing in marked.items():
         point = "the point" if label == REFERENCE else f"point {label}"
-        thing = next(t for t in picture.things if (t.x_px, t.y_px) == (x, y))
         yield KindQuestion("point", f"what is at {point} of {image}?", _name(thing))
         yield KindQuestion("where", f"where is {point} of {image}?", cell_name(*_cell(thing)))
+    if REFERENCE not in marked:
+        for label, thing in _with_own_name(marked):
+            yield KindQuestion("label", f"which point of {image} is at the {_name(thing)}?", label)
+        for label, thing in marked.items():
+            yield KindQuestion("label", f"which point of {image} is in the {cell_name(*_cell(thing))}?", label)
+    boxed = {}
     for label, (left, top, right, bottom) in picture.boxes:
         x, y = (left + right) / 2, (top + bottom) / 2
-        thing = min(picture.things, key=lambda t: (t.x_px - x) ** 2 + (t.y_px - y) ** 2)
-        yield KindQuestion("box", f"what is in box {label} of {image}?", _name(thing))
+        boxed[label] = min(picture.things, key=lambda t: (t.x_px - x) ** 2 + (t.y_px - y) ** 2)
+        yield KindQuestion("box", f"what is in box {label} of {image}?", _name(boxed[label]))
+    for label, thing in _with_own_name(boxed):
+        yield KindQuestion("label", f"which box of {image} has the {_name(thing)}?", label)
+
+
+def _with_own_name(labelled: dict[str, Thing]) -> list[tuple[str, Thing]]:
+    """Those that share their name with no other labelled thing."""
+    names = [_name(thing) for thing in labelled.values()]
+    return [(label, thing) for label, thing in labelled.items() if names.count(_name(thing)) == 1]
 
 
 def _counts(rng: np.random.Generator, picture: Picture, image: str) -> Iterator[KindQuestion]:
@@ -258,15 +290,39 @@ def _comparisons(rng: np.random.Generator, pictures: list[Picture]) -> Iterator[
                 by_answer["yes" if here == there else "no"].append(cell)
         n = min(2, *(len(cells) for cells in by_answer.values()))
         n_other = len(by_answer["no"])
+        if n_other <= _FEW_CHANGES:
+            yield KindQuestion("alike", f"is the {two} image the same as the {one}?", "no" if n_other else "yes")
         if n_other <= MAX_COUNT:
             yield KindQuestion("differ", f"how many things of the {two} image are not as in the {one}?", str(n_other))
         for answer, cells in by_answer.items():
             for i in rng.permutation(len(cells))[:n]:
                 place = cell_name(*cells[int(i)])
                 yield KindQuestion("same", f"has the {two} image the same in the {place} as the {one}?", answer)
+        yield from _matches(first, one, second, two)
+        yield from _matches(second, two, first, one)
+    if len(whole) == len(ORDINALS):
+        alike = [ordinal for ordinal, picture in whole[1:] if _names(picture) == _names(pictures[0])]
+        if len(alike) == 1:
+            yield KindQuestion("alike", "which image is the same as the first?", alike[0])
     if len(whole) == len(pictures) > 1:
         names = [{t.name for t in p.things} for p in pictures]
         for i, ordinal in enumerate(ORDINALS[: len(pictures)]):
             own = sorted(names[i].difference(*(names[:i] + names[i + 1 :])))
             if own:
                 yield KindQuestion("which", f"which image has a {rng.choice(own)}?", ordinal)
+
+
+def _names(picture: Picture) -> list[str]:
+    """What is in each cell."""
+    return [_name(_at(picture, cell)) for cell in CELLS]
+
+
+def _matches(picture: Picture, ordinal: str, other: Picture, other_ordinal: str) -> Iterator[KindQuestion]:
+    """Where the other image has what a point marks in this one, if it has it once."""
+    for label, x, y in picture.points:
+        thing = next(t for t in picture.things if (t.x_px, t.y_px) == (x, y))
+        there = [t for t in other.things if t.name == thing.name]
+        if len(there) == 1:
+            point = "the point" if label == REFERENCE else f"point {label}"
+            text = f"where in the {other_ordinal} image is the thing at {point} of the {ordinal}?"
+            yield KindQuestion("match", text, cell_name(*_cell(there[0])))

@@ -21,7 +21,7 @@ TASKS = {
         Task("art_style", _TWO, art_style),
         Task("semantic_correspondence", _FOUR, semantic_correspondence),
         Task("functional_correspondence", _FOUR, functional_correspondence),
-        Task("relative_reflectance", ("a", "b", "same"), relative_reflectance),
+        Task("relative_reflectance", ("a", "b", "none"), relative_reflectance),
         Task("visual_similarity", _TWO, visual_similarity),
     )
 }

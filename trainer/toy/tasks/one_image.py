@@ -88,7 +88,7 @@ def relative_reflectance(rng: np.random.Generator, answer: str) -> Example:
     """Which of two marked grey things reflects less, in a light that falls off to one side (Multi-Illumination)."""
     dark = float(rng.uniform(0.38, 0.6))
     bright = dark * float(rng.uniform(*_DARKER))
-    if answer == "same":
+    if answer == "none":
         of_a = of_b = float(rng.choice([dark, bright]))
     else:
         of_a, of_b = (dark, bright) if answer == "a" else (bright, dark)
@@ -107,4 +107,4 @@ def relative_reflectance(rng: np.random.Generator, answer: str) -> Example:
         light.reverse()
     points = tuple((label, things[i].x_px, things[i].y_px) for i, label in enumerate("ab"))
     picture = Picture(tuple(things), (light[0], light[1]), sample_background(rng), Style(outline="black"), points)
-    return Example((picture,), "which point is darker, a or b or same?", answer)
+    return Example((picture,), "which point is darker, a or b or none?", answer)
