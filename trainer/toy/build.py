@@ -225,12 +225,12 @@ def accuracy(model: VisionLanguageModel, records: Sequence[Record], with_image: 
 def build_models(names: Sequence[str], to: Path, steps: int | None, console: Console) -> dict[str, dict[str, float]]:
     """Train the named models in the order of TOY_MODELS and write their folders with model cards.
 
-    Their images come from a data set of its own, kept in a temporary folder. Returns accuracies by model.
+    Their images are apart from every split of the toy data set. Returns accuracies by model.
     """
     specs = [spec for spec in TOY_MODELS if spec.name in names]
     if unknown := set(names) - {spec.name for spec in TOY_MODELS}:
-        names = ", ".join(spec.name for spec in TOY_MODELS)
-        raise ConfigError(f"--models: no toy model {sorted(unknown)[0]!r}; there are {names}")
+        known = ", ".join(spec.name for spec in TOY_MODELS)
+        raise ConfigError(f"--models: no toy model {sorted(unknown)[0]!r}; there are {known}")
     results = {}
     with Progress(console=console, disable=not console.is_terminal) as bar:
         data: dict[str, tuple[list[Record], list[Record]]] = {}
