@@ -42,7 +42,7 @@ format: setup    ## rewrite the code in the project's format
 	$(RUN) -m ruff format .
 
 models: setup    ## train the toy models that ship in trainer/toy/models again (about an hour on 2 cores)
-	$(RUN) -m trainer toy build --models A,B,C,D
+	$(RUN) -m trainer toy build --models A,B,C,D,E
 
 seeds: setup     ## measure the demo's figures with three seeds and the shuffled control
 	$(RUN) -m tests.benchmarks.demo_figures

@@ -10,9 +10,11 @@ from tests.benchmarks.results import Result, record
 from trainer.data.clevr import load_clevr
 from trainer.toy.build import PRETRAINING_QUESTIONS_PER_KIND, PRETRAINING_SIZES, TOY_MODELS, accuracy
 from trainer.toy.dataset import ensure_toy_data
+from trainer.toy.perception import perception_records
 
 COMMAND = "make model-figures"
 BAR = 0.97
+PERCEPTION_BAR = 0.80
 _SEED = 4321
 """Neither the seed of the models' own images nor that of the demo's data set."""
 
@@ -25,15 +27,24 @@ def main() -> None:
         root = Path(folder) / "data"
         ensure_toy_data(root, {"test": n_scenes}, _SEED, PRETRAINING_QUESTIONS_PER_KIND)
         records = load_clevr(root, "test")
-        n_questions = sum(len(r.questions) for r in records)
+        seen = {
+            "scenes": (records, BAR, f"with the real image, {n_scenes} unseen scenes"),
+            "perception": (
+                perception_records(n_scenes, _SEED),
+                PERCEPTION_BAR,
+                f"{n_scenes} unseen sets of 1 to 3 images",
+            ),
+        }
         for spec in TOY_MODELS:
-            figure = f"toy model {spec.name}: exact match with the real image, {n_scenes} unseen scenes"
+            unseen, bar, words = seen[spec.sees]
+            figure = f"toy model {spec.name}: exact match {words}"
             folder_of_model = Path("trainer/toy/models") / spec.name
             value = None
             if folder_of_model.is_dir():
-                value = accuracy(load_vlm(str(folder_of_model)).freeze(), records)["all"]
-            met = None if value is None else value >= BAR
-            results.append(Result(figure, value, "share", f"≥ {BAR:.2f}", met, None, None, n_questions, COMMAND))
+                value = accuracy(load_vlm(str(folder_of_model)).freeze(), unseen)["all"]
+            met = None if value is None else value >= bar
+            n_questions = sum(len(r.questions) for r in unseen)
+            results.append(Result(figure, value, "share", f"≥ {bar:.2f}", met, None, None, n_questions, COMMAND))
     record(results)
 
 

@@ -10,10 +10,12 @@ from trainer.data.clevr import load_clevr
 from trainer.data.records import Record
 from trainer.toy.build import PRETRAINING_QUESTIONS_PER_KIND, TOY_MODELS, accuracy, fit
 from trainer.toy.dataset import ensure_toy_data
+from trainer.toy.perception import perception_records
 from trainer.toy.tiny_vlms import new_model, save_folder
 
 MODELS = Path(__file__).parents[2] / "trainer/toy/models"
 SHIPPED = sorted(folder.name for folder in MODELS.iterdir() if folder.is_dir())
+READERS_OF_SCENES = [spec.name for spec in TOY_MODELS if spec.sees == "scenes"]
 N_SCENES = 500
 OTHER_SEED = 4321
 """Neither the seed of the models' own images nor that of the demo's data set."""
@@ -26,12 +28,20 @@ def unseen(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     return load_clevr(root, "test")
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", READERS_OF_SCENES)
 def test_exact_match_on_unseen_scenes(name: str, unseen: list[Record]) -> None:
     model = load_vlm(str(MODELS / name)).freeze()
     with_image, without_image = accuracy(model, unseen), accuracy(model, unseen[:100], with_image=False)
     assert with_image["all"] >= 0.97, with_image
     assert without_image["all"] <= 0.5, without_image
+
+
+def test_e_sees_several_images_at_once() -> None:
+    model = load_vlm(str(MODELS / "E")).freeze()
+    records = perception_records(150, OTHER_SEED)
+    with_images, without_images = accuracy(model, records), accuracy(model, records, with_image=False)
+    assert with_images["all"] >= 0.8, with_images
+    assert without_images["all"] <= 0.3, without_images
 
 
 def test_every_model_is_shipped() -> None:

@@ -20,6 +20,8 @@ from trainer.data.jsonl import load_jsonl
 from trainer.data.records import Record
 from trainer.data.sampling import shuffled_pairs, without_kinds
 from trainer.toy.dataset import ensure_toy_data
+from trainer.toy.tasks import TASKS
+from trainer.toy.tasks.dataset import EVALUATION_SIZES, ensure_tasks
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,14 @@ def build_toy_data(path: Path, console: Console) -> None:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("toy data", total=None)
         ensure_toy_data(path, progress=lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def build_toy_tasks(path: Path, tasks: Sequence[str], train: int, seed: int, console: Console) -> None:
+    """Write toy tasks (all, if none is named) unless they are there, with a progress bar."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("toy tasks", total=None)
+        sizes = {"train": train, **EVALUATION_SIZES}
+        ensure_tasks(path, tasks or list(TASKS), sizes, seed, lambda done, n: bar.update(task, completed=done, total=n))
 
 
 def load_records(config: DataConfig, split: str, prompt: Prompt | None = None) -> list[Record]:

@@ -1,10 +1,11 @@
 """Trains the tiny VLMs of the toy world and writes them as Hugging Face folders with a model card.
 
-    python -m trainer toy build --models A,B,C,D
+    python -m trainer toy build --models A,B,C,D,E
 
 A starts from nothing; B and C go on from A with other data orders; D (another family, another width) starts
-from nothing. Every image is read with its questions, one full-caption branch, and now and then without the
-image, so that a model asked without an image answers from its prior instead of at random.
+from nothing; E goes on from A to several images a prompt, the base of the toy tasks. Every image is read with its
+questions, scenes of A to D also with one full-caption branch, and now and then without the image, so that a model
+asked without an image answers from its prior instead of at random.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +34,8 @@ from trainer.data.clevr import load_clevr
 from trainer.data.records import Record
 from trainer.losses import lr_share
 from trainer.toy.dataset import ensure_toy_data
-from trainer.toy.tiny_vlms import new_model, save_folder
+from trainer.toy.perception import MemoryImage, perception_records
+from trainer.toy.tiny_vlms import TASK_WORDS, new_model, save_folder
 from trainer.toy.world import GRID
 
 PRETRAINING_SIZES = {"train": 10_000, "test": 500}
@@ -44,6 +47,7 @@ _BATCH_IMAGES = 64
 _QUESTIONS_PER_IMAGE = 7
 _WARMUP_STEPS = 100
 _CLIP_NORM = 1.0
+_PERCEPTION_SEEDS = {"train": 17, "test": 18}
 _FINAL_LR_SHARE = 0.02
 _PIXEL_CHUNK = 256
 _PLAIN_EVERY_STEPS = 100
@@ -60,22 +64,38 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class ToyModel:
-    """How one tiny VLM is made. parent: the model it goes on from, None for a fresh one."""
+    """How one tiny VLM is made.
+
+    parent: the model it goes on from, None for a fresh one. sees: what it learns from, scenes with one image each or
+    several pictures at once. more_words: what it reads and says beyond the words of scenes.
+    """
 
     name: str
     family: str
     parent: str | None
     seed: int
     stages: tuple[Stage, ...]
+    sees: Literal["scenes", "perception"] = "scenes"
+    more_words: tuple[str, ...] = ()
 
 
-HARD_KINDS = ("relate", "count_complex")
+HARD_KINDS = (
+    *("relate", "count_complex"),
+    *("alike", "box", "count", "differ", "label", "match", "point", "same", "style", "where", "which"),
+)
+"""Of scenes, then of several pictures: all but what is in a cell."""
 _LEARN_TO_SEE, _LEARN_TO_RELATE = Stage(2400, 3e-3), Stage(1600, 2e-3, hard_questions=5)
+_LEARN_SEVERAL_IMAGES = (
+    Stage(900, 3e-3, hard_questions=3),
+    Stage(1100, 3e-3, hard_questions=6),
+    Stage(900, 3e-3, hard_questions=6),
+)
 TOY_MODELS = (
     ToyModel("A", "qwen2_5_vl", None, 1, (_LEARN_TO_SEE, _LEARN_TO_RELATE)),
     ToyModel("B", "qwen2_5_vl", "A", 2, (Stage(600, 1.5e-3, hard_questions=3),)),
     ToyModel("C", "qwen2_5_vl", "A", 3, (Stage(600, 1.5e-3, hard_questions=3),)),
     ToyModel("D", "llava", None, 4, (Stage(2200, 3e-3), _LEARN_TO_RELATE)),
+    ToyModel("E", "qwen2_5_vl", "A", 5, _LEARN_SEVERAL_IMAGES, "perception", TASK_WORDS),
 )
 
 
@@ -84,6 +104,8 @@ class PixelStore:
 
     def __init__(self, model: VisionLanguageModel, records: Sequence[Record]):
         self._image_inputs = model.family.image_inputs
+        self._per_record = np.array([len(record.images) for record in records])
+        self._starts = np.cumsum(self._per_record) - self._per_record
         parts: dict[str, list[Tensor]] = {name: [] for name in self._image_inputs}
         for start in range(0, len(records), _PIXEL_CHUNK):
             images = [image for record in records[start : start + _PIXEL_CHUNK] for image in record.load_images()]
@@ -93,9 +115,13 @@ class PixelStore:
                 parts[name].append(inputs[name].reshape(len(images), -1, *inputs[name].shape[1:]))
         self._stacked = {name: torch.cat(values) for name, values in parts.items()}
 
-    def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """Inputs of `image_tokens_from` for these records."""
-        return {name: values[indices].flatten(0, 1) for name, values in self._stacked.items()}
+    def tokens(self, model: VisionLanguageModel, indices: np.ndarray) -> ImageTokens:
+        """Image tokens of these records, a row each."""
+        n_images = self._per_record[indices]
+        of_record = [np.arange(start, start + n) for start, n in zip(self._starts[indices], n_images, strict=True)]
+        images = np.concatenate(of_record)
+        inputs = {name: values[images].flatten(0, 1) for name, values in self._stacked.items()}
+        return model.image_tokens_from(inputs).in_rows(n_images.tolist())
 
 
 def caption(record: Record) -> Question:
@@ -108,9 +134,9 @@ def caption(record: Record) -> Question:
 def batches(
     records: Sequence[Record], seed: int, hard_questions: int
 ) -> Iterator[tuple[np.ndarray, list[list[Question]]]]:
-    """Endless shuffled batches: record indices, and for each its caption and a few of its questions.
+    """Endless shuffled batches: record indices, and for each its caption, if it has a scene, and a few questions.
 
-    hard_questions: so many of them are of HARD_KINDS, the kinds that take several steps of reasoning.
+    hard_questions: so many of them are of HARD_KINDS.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -122,15 +148,16 @@ def batches(
                 asked = [records[index].questions[i] for i in rng.permutation(len(records[index].questions))]
                 hard = [q for q in asked if q.kind in HARD_KINDS][:hard_questions]
                 others = [q for q in asked if q not in hard][: _QUESTIONS_PER_IMAGE - len(hard)]
-                questions.append([caption(records[index]), *(q.message for q in (*hard, *others))])
+                captions = [caption(records[index])] if records[index].scene else []
+                questions.append([*captions, *(q.message for q in (*hard, *others))])
             yield indices, questions
 
 
 def without_some_images(tokens: ImageTokens, rng: np.random.Generator) -> tuple[list[list[Media]], Tensor]:
-    """Media with a share of the images left out, and the embeddings of the others."""
-    kept = rng.random(len(tokens.tokens)) >= _NO_IMAGE_SHARE
+    """Media with a share of the rows left without images, and the embeddings of the others."""
+    kept = rng.random(len(tokens.rows)) >= _NO_IMAGE_SHARE
     media = [row if keep else [] for row, keep in zip(tokens.media, kept, strict=True)]
-    shown = [token for token, keep in zip(tokens.tokens, kept, strict=True) if keep]
+    shown = [token for row, keep in zip(tokens.rows, kept, strict=True) if keep for token in tokens.tokens[row]]
     return media, torch.cat(shown)
 
 
@@ -156,7 +183,7 @@ def fit(
     )
     losses = []
     for indices, questions in itertools.islice(batches(records, seed, stage.hard_questions), stage.steps):
-        tokens = model.image_tokens_from(pixels.batch(indices))
+        tokens = pixels.tokens(model, indices)
         media, media_ID = without_some_images(tokens, rng)
         scores = score_answers(model, pack_questions(model, media, questions), media_ID)
         loss = -scores.logprobs_N.mean()
@@ -183,7 +210,7 @@ def accuracy(model: VisionLanguageModel, records: Sequence[Record], with_image: 
         media: list[list[Media]] = [[]] * len(chunk)
         media_ID = None
         if pixels is not None:
-            tokens = model.image_tokens_from(pixels.batch(np.arange(start, start + len(chunk))))
+            tokens = pixels.tokens(model, np.arange(start, start + len(chunk)))
             media, media_ID = tokens.media, torch.cat(tokens.tokens)
         scores = score_answers(model, pack_questions(model, media, questions), media_ID)
         token_hits = iter(scores.matches_N.tolist())
@@ -198,24 +225,19 @@ def accuracy(model: VisionLanguageModel, records: Sequence[Record], with_image: 
 def build_models(names: Sequence[str], to: Path, steps: int | None, console: Console) -> dict[str, dict[str, float]]:
     """Train the named models in the order of TOY_MODELS and write their folders with model cards.
 
-    Their images come from a data set of its own, kept in a temporary folder. Returns accuracies by model.
+    Their images are apart from every split of the toy data set. Returns accuracies by model.
     """
     specs = [spec for spec in TOY_MODELS if spec.name in names]
     if unknown := set(names) - {spec.name for spec in TOY_MODELS}:
-        raise ConfigError(f"--models: no toy model {sorted(unknown)[0]!r}; there are A, B, C, D")
+        known = ", ".join(spec.name for spec in TOY_MODELS)
+        raise ConfigError(f"--models: no toy model {sorted(unknown)[0]!r}; there are {known}")
     results = {}
-    with tempfile.TemporaryDirectory() as folder, Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("pre-training images", total=None)
-        ensure_toy_data(
-            Path(folder) / "data",
-            PRETRAINING_SIZES,
-            PRETRAINING_SEED,
-            PRETRAINING_QUESTIONS_PER_KIND,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
-        records = load_clevr(Path(folder) / "data", "train", check_images=False)
-        unseen = load_clevr(Path(folder) / "data", "test", check_images=False)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        data: dict[str, tuple[list[Record], list[Record]]] = {}
         for spec in specs:
+            if spec.sees not in data:
+                data[spec.sees] = _PRETRAINING_DATA[spec.sees](bar)
+            records, unseen = data[spec.sees]
             stages = [replace(s, steps=min(s.steps, steps or s.steps)) for s in spec.stages]
             task = bar.add_task(f"model {spec.name}", total=sum(s.steps for s in stages))
             started = time.perf_counter()
@@ -224,13 +246,48 @@ def build_models(names: Sequence[str], to: Path, steps: int | None, console: Con
                 fit(model, records, s, spec.seed + i, partial(_show_step, bar, task)) for i, s in enumerate(stages)
             ]
             with_image, without_image = accuracy(model, unseen), accuracy(model, unseen, with_image=False)
-            save_folder(model.hf_model, to / spec.name)
+            save_folder(model.hf_model, to / spec.name, spec.more_words)
             minutes = (time.perf_counter() - started) / 60
             card = model_card(spec, stages, losses[-1][-1], minutes, with_image, without_image)
             (to / spec.name / "README.md").write_text(card, encoding="utf-8")
             console.print(f"{spec.name}: exact match {with_image['all']:.4f}, without image {without_image['all']:.4f}")
             results[spec.name] = with_image
     return results
+
+
+def _scenes(bar: Progress) -> tuple[list[Record], list[Record]]:
+    """Training and unseen scenes, read into memory."""
+    task = bar.add_task("pre-training images", total=None)
+    with tempfile.TemporaryDirectory() as folder:
+        ensure_toy_data(
+            Path(folder) / "data",
+            PRETRAINING_SIZES,
+            PRETRAINING_SEED,
+            PRETRAINING_QUESTIONS_PER_KIND,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        records, unseen = (
+            [_in_memory(record) for record in load_clevr(Path(folder) / "data", split, check_images=False)]
+            for split in PRETRAINING_SIZES
+        )
+    return records, unseen
+
+
+def _in_memory(record: Record) -> Record:
+    return replace(record, images=tuple(MemoryImage(data) for data in record.image_bytes()))
+
+
+def _perception(bar: Progress) -> tuple[list[Record], list[Record]]:
+    """Training and unseen records of several pictures."""
+    task = bar.add_task("pre-training images", total=sum(PRETRAINING_SIZES.values()))
+    records, unseen = (
+        perception_records(n, _PERCEPTION_SEEDS[split], lambda: bar.advance(task))
+        for split, n in PRETRAINING_SIZES.items()
+    )
+    return records, unseen
+
+
+_PRETRAINING_DATA = {"scenes": _scenes, "perception": _perception}
 
 
 def _show_step(bar: Progress, task: TaskID, loss: float) -> None:
@@ -242,12 +299,18 @@ def _show_step(bar: Progress, task: TaskID, loss: float) -> None:
 
 
 def _initial_model(spec: ToyModel, to: Path) -> VisionLanguageModel:
-    """The parent's folder, or fresh weights by way of a folder, so that both are loaded the same way."""
-    if spec.parent is not None:
-        return load_vlm(str(to / spec.parent))
+    """The parent's weights or fresh ones, by way of a folder with this model's words."""
+    parent = None if spec.parent is None else load_vlm(str(to / spec.parent)).hf_model
     with tempfile.TemporaryDirectory() as folder:
-        save_folder(new_model(spec.family, spec.seed), Path(folder))
+        save_folder(parent or new_model(spec.family, spec.seed), Path(folder), spec.more_words)
         return load_vlm(folder)
+
+
+_WORDS_ABOUT = {
+    "scenes": ("the toy world", "scenes"),
+    "perception": ("one to three pictures of the toy world at once", "records of one to three pictures"),
+}
+"""For model cards: what a model answers questions about, and what it was measured on."""
 
 
 def model_card(
@@ -266,18 +329,19 @@ def model_card(
         + (f" with {s.hard_questions} of {_QUESTIONS_PER_IMAGE} questions hard" if s.hard_questions else "")
         for s in stages
     )
+    about, unseen = _WORDS_ABOUT[spec.sees]
     return f"""---
 license: apache-2.0
 tags: [visual-latents, toy]
 ---
 # Toy model {spec.name}
 
-A tiny `{spec.family}` model that answers questions about the toy world. Trained {start}, seed {spec.seed}:
+A tiny `{spec.family}` model that answers questions about {about}. Trained {start}, seed {spec.seed}:
 {steps}; {_BATCH_IMAGES} images a step, {minutes:.0f} minutes on 2 CPU cores, last loss {loss:.4f} nats per token.
 
     python -m trainer toy build --models {spec.name}
 
-| kind | exact match, {PRETRAINING_SIZES["test"]} unseen scenes | the same without the image |
+| kind | exact match, {PRETRAINING_SIZES["test"]} unseen {unseen} | the same without the image |
 |---|---|---|
 {rows}
 """

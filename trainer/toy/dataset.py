@@ -39,21 +39,33 @@ def ensure_toy_data(
         "seed": seed,
         "questions_per_kind": questions_per_kind,
     }
-    stamp = root / "toy.json"
+
+    def write(folder: Path) -> None:
+        done, total = 0, sum(wanted["sizes"].values())
+        for number, (split, n_images) in enumerate(wanted["sizes"].items()):
+            rng = np.random.default_rng([seed, number])
+            for _ in write_split(folder, split, n_images, rng, questions_per_kind):
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+
+    ensure_folder(root, "toy.json", wanted, write)
+
+
+def ensure_folder(root: Path, stamp_name: str, wanted: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+    """Have `write` fill `root`, unless a file of this name in it says that it holds what is wanted.
+
+    Raises DataError rather than replace a folder that has no such file.
+    """
+    stamp = root / stamp_name
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return
     if root.exists() and not stamp.is_file():
-        raise DataError(f"{root}: exists and is no toy data set; choose another data.path, or set data.source: clevr")
+        raise DataError(f"{root}: exists and is no toy data set; choose another folder, or set data.source: clevr")
     partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    done, total = 0, sum(wanted["sizes"].values())
-    for number, (split, n_images) in enumerate(wanted["sizes"].items()):
-        rng = np.random.default_rng([seed, number])
-        for _ in write_split(partial, split, n_images, rng, questions_per_kind):
-            done += 1
-            if progress is not None:
-                progress(done, total)
-    (partial / "toy.json").write_text(json.dumps(wanted, indent=2) + "\n")
+    write(partial)
+    (partial / stamp_name).write_text(json.dumps(wanted, indent=2) + "\n")
     if root.exists():
         shutil.rmtree(root)
     partial.rename(root)

@@ -1,6 +1,6 @@
 """Tiny VLMs of the toy world as ordinary Hugging Face folders: config, safetensors, tokenizer, processor.
 
-A, B, C: Qwen2.5-VL, width 64, one merged image token per cell.
+A, B, C: Qwen2.5-VL, width 64, one merged image token per cell. E: the same with the words of the tasks.
 D: LLaVA (CLIP tower, Llama decoder), width 80, four image tokens per cell.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,29 @@ _WORDS = (
     *(c for c in COLUMNS if c not in ("left", "right")),
     *(str(n) for n in range(MAX_OBJECTS + 1)),
 )
+TASK_WORDS = (
+    *(
+        "image",
+        "first",
+        "second",
+        "third",
+        "which",
+        "has",
+        "same",
+        "as",
+        "at",
+        "point",
+        "box",
+        "b",
+        "c",
+        "d",
+        "one",
+        "or",
+    ),
+    *("bar", "rails", "wedge", "ring", "frame", "gray", "pale", "dark", "bright", "plain", "stripes", "checks"),
+    *("none", "black", "white", "style", "piece", "fits", "similar", "to", "around", "darker", "6", "not"),
+)
+"""What model E reads and says beyond the words of A to D, which keep the vocabulary that they were trained with."""
 _TEMPLATE = (
     "{% for message in messages %}{% if message.role != 'system' %}<|im_start|>{{ message.role }} "
     "{% for part in message.content %}{% if part.type == 'image' %}%IMAGE%{% else %}{{ part.text }}{% endif %}"
@@ -66,9 +90,9 @@ _TEMPLATE = (
 )
 
 
-def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that knows the words of the toy world."""
-    vocabulary = {token: i for i, token in enumerate((*_SPECIALS, *_WORDS))}
+def toy_tokenizer(more_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that knows the words of the toy world, and some more."""
+    vocabulary = {token: i for i, token in enumerate((*_SPECIALS, *_WORDS, *more_words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
@@ -166,11 +190,11 @@ def _llava(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
-def save_folder(model: Any, folder: Path) -> None:
+def save_folder(model: Any, folder: Path, more_words: Sequence[str] = ()) -> None:
     """Write model, tokenizer and processor so that `from_pretrained` loads them as it would a hub model."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    tokenizer = toy_tokenizer()
+    tokenizer = toy_tokenizer(more_words)
     is_qwen = model.config.model_type == "qwen2_5_vl"
     image = "<|vision_start|><|image_pad|><|vision_end|>" if is_qwen else "<|image_pad|>"
     template = _TEMPLATE.replace("%IMAGE%", image)
