@@ -10,7 +10,7 @@ import logging
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from trainer.bridge import AnchorDroppedError
 from trainer.checkpoint import CheckpointStore, load_trainer_state
 from trainer.data import ErrorPolicy, load_records, training_records
 from trainer.data.records import KindQuestion, Record
-from trainer.data.sampling import Batch, Sampler, without_kinds
+from trainer.data.sampling import Batch, Sampler
 from trainer.generator import Generator
 from trainer.image_features import ImageFeatures, OpenedImages, PreparedImages
 from trainer.methods import METHODS
@@ -237,7 +237,7 @@ def train_run(config: Config, resume: bool) -> bool:
         )
     prompt = load_prompt(config.generator.model)
     records = training_records(config.data, config.train.seed, prompt)
-    validation = without_kinds(load_records(config.data, config.data.val_split, prompt), config.data.held_out_kinds)
+    validation = load_records(config.data, config.data.val_split, prompt).without_kinds(config.data.held_out_kinds)
     sampler = Sampler(records, config.train.batch_images, config.data.questions_per_image, config.train.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
@@ -267,7 +267,7 @@ def _run_steps(
     progress: TrainProgress,
     stop: StopSignal,
     first_step: int,
-    validation: list[Record],
+    validation: Sequence[Record],
 ) -> bool:
     t = trainer.config.train
     for step in range(first_step, t.steps):

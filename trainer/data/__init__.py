@@ -1,24 +1,30 @@
-"""Data sources: each reads files into `Record`s; `load_records` picks the one that the config names."""
+"""Data sources: each reads files into `Records`; `SOURCES` is the table."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress
 
-from shared.config import DataConfig
-from shared.errors import DataError
+from shared.config import DataConfig, Section, parse_section
+from shared.errors import ConfigError, DataError
 from shared.messages import Question
 from shared.vlm import Prompt
-from trainer.data.clevr import OnError, load_clevr
+from trainer.data.clevr import load_clevr
+from trainer.data.fields import FileOptions
+from trainer.data.gqa import GqaOptions, load_gqa
+from trainer.data.index import Records
 from trainer.data.jsonl import load_jsonl
-from trainer.data.records import Record
-from trainer.data.sampling import shuffled_pairs, without_kinds
+from trainer.data.records import OnError
+from trainer.data.sampling import derangement
+from trainer.data.tables import DatasetOptions, TableOptions, load_dataset, load_parquet
+from trainer.data.tallyqa import load_tallyqa
+from trainer.data.webdataset import load_webdataset
 from trainer.toy.dataset import ensure_toy_data
 
 log = logging.getLogger(__name__)
@@ -45,12 +51,6 @@ class ErrorPolicy:
             log.warning("skipped: %s", error)
 
 
-def prepare_data(config: DataConfig, console: Console) -> None:
-    """Make what the config's source makes itself: the toy data set, if its folder is absent."""
-    if config.source == "toy":
-        build_toy_data(config.path, console)
-
-
 def build_toy_data(path: Path, console: Console) -> None:
     """Write the toy data set unless it is there, with a progress bar."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -58,46 +58,82 @@ def build_toy_data(path: Path, console: Console) -> None:
         ensure_toy_data(path, progress=lambda done, total: bar.update(task, completed=done, total=total))
 
 
-def load_records(config: DataConfig, split: str, prompt: Prompt | None = None) -> list[Record]:
-    """All records of a split, with damaged ones handled as `data.on_error` says. Raises DataError.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A kind of data set. load: (data.path, split, what to do with damage, checked options) to records.
+
+    options: what `data.options` may hold. prepare: makes what the source makes itself, if `data.path` is absent.
+    """
+
+    load: Callable[[Path, str, OnError, Any], Records]
+    options: type[Section] = FileOptions
+    prepare: Callable[[Path, Console], None] | None = None
+
+
+SOURCES: dict[str, Source] = {
+    "clevr": Source(load_clevr),
+    "toy": Source(load_clevr, prepare=build_toy_data),
+    "gqa": Source(load_gqa, GqaOptions),
+    "tallyqa": Source(load_tallyqa),
+    "jsonl": Source(load_jsonl),
+    "parquet": Source(load_parquet, TableOptions),
+    "datasets": Source(load_dataset, DatasetOptions),
+    "webdataset": Source(load_webdataset, Section),
+}
+
+
+def prepare_data(config: DataConfig, console: Console) -> None:
+    """Check source and options, and make what the source makes itself. Raises ConfigError, DataError."""
+    source, _ = checked_source(config)
+    if source.prepare is not None:
+        source.prepare(config.path, console)
+
+
+def checked_source(config: DataConfig) -> tuple[Source, Section]:
+    """The source that the config names, and its options. Raises ConfigError."""
+    source = SOURCES.get(config.source)
+    if source is None:
+        raise ConfigError(f"data.source: {config.source!r} is not known; use one of {', '.join(SOURCES)}")
+    return source, parse_section(source.options, config.options, f"data.options of source {config.source}")
+
+
+def load_records(config: DataConfig, split: str, prompt: Prompt | None = None) -> Records:
+    """All records of a split, with damaged ones handled as `data.on_error` says. Raises DataError, ConfigError.
 
     prompt: whose tokenizer every answer must have tokens in, if one is given.
     """
+    source, options = checked_source(config)
     policy = ErrorPolicy(config.on_error)
-    load = load_jsonl if config.source == "jsonl" else load_clevr
-    records: Sequence[Record] = load(config.path, split, policy)
+    records = source.load(config.path, split, policy, options)
     if prompt is not None:
         records = with_tokens(records, prompt, policy)
     if policy.count:
         log.warning("%s/%s: %d damaged records skipped, %d kept", config.path, split, policy.count, len(records))
-    return list(records)
+    return records
 
 
-def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None) -> list[Record]:
+def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None) -> Records:
     """The training split as the config wants it: first n images, held-out kinds removed, pairs kept or shuffled."""
-    loaded = load_records(config, config.train_split, prompt)
-    records = without_kinds(loaded, config.held_out_kinds)[: config.max_images]
+    records = load_records(config, config.train_split, prompt)
+    records = records.without_kinds(config.held_out_kinds)[: config.max_images]
     if not records:
         raise DataError(f"{config.path}: data.held_out_kinds leaves no training question; hold out fewer kinds")
-    return shuffled_pairs(records, seed) if config.pairing == "shuffled" else records
+    if config.pairing == "shuffled":
+        return records.with_questions_of(derangement(len(records), seed))
+    return records
 
 
-def with_tokens(records: Sequence[Record], prompt: Prompt, on_error: OnError) -> list[Record]:
+def with_tokens(records: Records, prompt: Prompt, on_error: OnError) -> Records:
     """Records without the questions whose answer has no tokens; each distinct answer is tokenized once."""
     silent: dict[str, DataError] = {}
-    for answer in sorted({question.answer for record in records for question in record.questions}):
+    for answer in sorted(records.answers()):
         try:
             prompt.branches([[Question("?", answer)]])
         except DataError as error:
             silent[answer] = error
     if not silent:
-        return list(records)
-    kept = []
-    for record in records:
+        return records
+    for record in records.with_answers(silent):
         for question in record.questions:
-            if question.answer in silent:
-                on_error(DataError(f"{record.where}: record {record.record_id}: {silent[question.answer]}"))
-        questions = tuple(q for q in record.questions if q.answer not in silent)
-        if questions:
-            kept.append(replace(record, questions=questions))
-    return kept
+            on_error(DataError(f"{record.where}: record {record.record_id}: {silent[question.answer]}"))
+    return records.without_answers(silent)

@@ -35,7 +35,7 @@ def adversarial_latents(
     return torch.cat([_attack(generator, bridge, chunk, levels) for chunk in batched(records, batch_images)])
 
 
-def _attack(generator: Generator, bridge: AnchorBridge, records: list[Record], levels: float) -> Tensor:
+def _attack(generator: Generator, bridge: AnchorBridge, records: Sequence[Record], levels: float) -> Tensor:
     rows = [record.load_images() for record in records]
     inputs, per_row = generator.model.image_inputs([image for row in rows for image in row]), [len(row) for row in rows]
     questions = [[question.message for question in record.questions] for record in records]

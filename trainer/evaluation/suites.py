@@ -74,7 +74,7 @@ class Session:
     generator: Generator
     features: ImageFeatures
     pool: AnchorPool
-    records: list[Record]
+    records: Sequence[Record]
     track: Track
     _tests_read: dict[str, Outcomes] = field(default_factory=dict, init=False)
 
@@ -126,7 +126,7 @@ class Session:
         return ~np.isin(self.reader.kinds_N, self.config.data.held_out_kinds)
 
     @torch.no_grad()
-    def visual_tokens(self, records: list[Record]) -> Iterator[tuple[Tensor, Tensor]]:
+    def visual_tokens(self, records: Sequence[Record]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batch by batch: visual tokens pooled to K (B, K, D), and as they are (N, D)."""
         for chunk in batched(records, self.config.evaluation.batch_images):
             tokens = self.features.of_records(chunk)

@@ -29,6 +29,7 @@ from shared.packing import Media
 from shared.reading import pack_questions, score_answers
 from shared.vlm import ImageTokens, VisionLanguageModel, load_vlm
 from trainer.data.clevr import load_clevr
+from trainer.data.fields import FileOptions
 from trainer.data.records import Record
 from trainer.losses import lr_share
 from trainer.toy.dataset import ensure_toy_data
@@ -213,8 +214,8 @@ def build_models(names: Sequence[str], to: Path, steps: int | None, console: Con
             PRETRAINING_QUESTIONS_PER_KIND,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-        records = load_clevr(Path(folder) / "data", "train", check_images=False)
-        unseen = load_clevr(Path(folder) / "data", "test", check_images=False)
+        records = load_clevr(Path(folder) / "data", "train", options=FileOptions(check_images=False))
+        unseen = load_clevr(Path(folder) / "data", "test", options=FileOptions(check_images=False))
         for spec in specs:
             stages = [replace(s, steps=min(s.steps, steps or s.steps)) for s in spec.stages]
             task = bar.add_task(f"model {spec.name}", total=sum(s.steps for s in stages))
