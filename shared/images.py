@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, WebPImagePlugin  # noqa: F401 - the last two enter themselves in Pillow
 
 from shared.errors import DataError
 
 MAX_IMAGE_PIXELS = 100_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -22,12 +23,31 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height <= max_pixels:
                 return _rgb(ImageOps.exif_transpose(image))
-            problem = f"{image.width}×{image.height} pixels, more than {max_pixels} in all"
-    except Image.DecompressionBombError as error:
-        raise DataError(f"more than {max_pixels} pixels") from error
+            size = image.size
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
+        raise DataError(_reason(error)) from error
+    raise _too_large(size, max_pixels)
+
+
+def check_header(path: Path, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    """Raise DataError with the reason alone, if a file does not begin as an image of such a size does."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            size = image.size
+    except FileNotFoundError:
+        raise
     except Exception as error:
-        raise DataError(" ".join(str(error).split()) or type(error).__name__) from error
-    raise DataError(problem)
+        raise DataError(_reason(error)) from error
+    if size[0] * size[1] > max_pixels:
+        raise _too_large(size, max_pixels)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _too_large(size: tuple[int, int], max_pixels: int) -> DataError:
+    return DataError(f"{size[0]}×{size[1]} pixels, more than {max_pixels} in all")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

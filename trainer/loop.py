@@ -24,7 +24,7 @@ from shared.errors import ConfigError, DataError, NonFiniteError, NonFiniteReply
 from shared.vlm import load_prompt
 from trainer.bridge import AnchorDroppedError
 from trainer.checkpoint import CheckpointStore, load_trainer_state
-from trainer.data import ErrorPolicy, load_records, training_records
+from trainer.data import ErrorPolicy, load_records, readable_records, training_records
 from trainer.data.records import KindQuestion, Record
 from trainer.data.sampling import Batch, Sampler
 from trainer.generator import Generator
@@ -237,14 +237,17 @@ def train_run(config: Config, resume: bool) -> bool:
         )
     prompt = load_prompt(config.generator.model)
     records = training_records(config.data, config.train.seed, prompt)
-    validation = load_records(config.data, config.data.val_split, prompt).without_kinds(config.data.held_out_kinds)
+    held_out = load_records(config.data, config.data.val_split, prompt).without_kinds(config.data.held_out_kinds)
     sampler = Sampler(records, config.train.batch_images, config.data.questions_per_image, config.train.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
 
     with _stop_signal() as stop:
         generator = Generator(config.generator, config.train.seed)
-        probe = [data for record in records[:_PROBE_IMAGES] for data in record.image_bytes()][:_PROBE_IMAGES]
+        policy = ErrorPolicy(config.data.on_error)
+        first = readable_records(records, _PROBE_IMAGES, policy)
+        validation = readable_records(held_out, config.train.validate_images, policy)
+        probe = [data for record in first for data in record.image_bytes()][:_PROBE_IMAGES]
         shared_base = (generator.model, generator.adapter_off)
         with (
             AnchorPool.start(config, generator.handshake(), shared_base, probe_images=probe) as pool,
@@ -252,7 +255,7 @@ def train_run(config: Config, resume: bool) -> bool:
         ):
             first_step = _restore(trainer, store) if resume else 0
             if first_step == 0:
-                trainer.method.prepare(trainer.features, records[:_PROBE_IMAGES])
+                trainer.method.prepare(trainer.features, first)
             with (
                 contextlib.closing(MetricsWriter(run_dir, config, first_step)) as metrics,
                 TrainProgress(config, first_step) as progress,
@@ -279,7 +282,7 @@ def _run_steps(
         done, last = step + 1, step + 1 == t.steps
         if last or (t.validate_every and done % t.validate_every == 0):
             trainer.generator.train(False)
-            values["validation_nll"] = trainer.method.validation_nll(trainer.features, validation[: t.validate_images])
+            values["validation_nll"] = trainer.method.validation_nll(trainer.features, validation)
         metrics.write(step, values)
         progress.update(done, values)
         for name, reason in trainer.pool.lost.items():

@@ -166,6 +166,9 @@ def test_files_that_are_no_json_or_absent(tmp_path):
         questions.write_text(text)
         with pytest.raises(DataError, match=r"questions\.json: no valid JSON at byte \d+ \(.*copy the file again"):
             load_records(DataConfig(path=tmp_path, on_error="skip"), "train")
+    questions.write_text('{"questions": [{"question": "' + "a" * 20_000_000)
+    with pytest.raises(DataError, match=r"questions\.json: no valid JSON at byte 15 \(Unterminated string"):
+        load_clevr(tmp_path, "train")
     questions.write_text('{"questions": []}')
     with pytest.raises(DataError, match="no usable record"):
         load_clevr(tmp_path, "train")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,19 @@ def test_a_damaged_line_is_named_or_skipped_and_counted(name: str, tmp_path: Pat
         kept = load_records(DataConfig(source="jsonl", path=root, on_error="skip"), "train")
     assert [record.record_id for record in kept] == ["train/good", "train/last"]
     assert "1 damaged records skipped, 2 kept" in caplog.text
+
+
+def test_a_line_of_a_gigabyte_is_passed_over_and_never_held(tmp_path: Path, caplog: Any) -> None:
+    root = write_jsonl(tmp_path, [good()])
+    with (root / "train.jsonl").open("r+b") as file:
+        file.seek(2**30)
+        file.write(b"\n" + json.dumps(good(id="last")).encode())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with caplog.at_level(logging.WARNING):
+        kept = load_records(DataConfig(source="jsonl", path=root, on_error="skip"), "train")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+    assert [record.record_id for record in kept] == ["train/good", "train/last"]
+    assert "line 2 is longer than 16777216 bytes; correct or drop it" in caplog.text
 
 
 def test_missing_and_empty_splits(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from trainer.data.fields import FileOptions
 from trainer.data.gqa import GqaOptions, load_gqa
 from trainer.data.index import Records
 from trainer.data.jsonl import load_jsonl
-from trainer.data.records import OnError
+from trainer.data.records import OnError, Record
 from trainer.data.sampling import derangement
 from trainer.data.tables import DatasetOptions, TableOptions, load_dataset, load_parquet
 from trainer.data.tallyqa import load_tallyqa
@@ -121,6 +121,21 @@ def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None
     if config.pairing == "shuffled":
         return records.with_questions_of(derangement(len(records), seed))
     return records
+
+
+def readable_records(records: Sequence[Record], n: int, on_error: OnError) -> list[Record]:
+    """The first n records whose images can be decoded; the others go to `on_error`."""
+    kept: list[Record] = []
+    for record in records:
+        if len(kept) == n:
+            break
+        try:
+            record.load_images()
+        except DataError as error:
+            on_error(error)
+            continue
+        kept.append(record)
+    return kept
 
 
 def with_tokens(records: Records, prompt: Prompt, on_error: OnError) -> Records:

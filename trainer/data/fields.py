@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from pydantic import Field
 
 from shared.config import Section
 from shared.errors import DataError
-from shared.images import FORMATS
+from shared.images import check_header
 from trainer.data.records import ImageFile, KindQuestion
 
 MAX_TEXT_CHARS = 20_000
@@ -132,14 +131,12 @@ class ImageFolder:
 def _look_at(path: Path, where: str) -> None:
     remedy = "or set data.on_error: skip"
     try:
-        with Image.open(path, formats=FORMATS):  # reads the header
-            pass
+        check_header(path)
     except FileNotFoundError as error:
         other = _other_case(path)
         raise DataError(f"{path}: image is missing{other}; restore the file that {where} names, {remedy}") from error
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not an image; replace the file that {where} names, {remedy} ({reason})") from error
+    except DataError as error:
+        raise DataError(f"{path}: not an image; replace the file that {where} names, {remedy} ({error})") from error
 
 
 def _other_case(path: Path) -> str:

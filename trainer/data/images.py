@@ -26,6 +26,8 @@ from trainer.data.records import MAX_FILE_BYTES, ImageSource
 MAX_FIELD_CHARS = MAX_FILE_BYTES * 4 // 3 + 4
 """Of a tsv, whose longest field is an image in base64."""
 csv.field_size_limit(MAX_FIELD_CHARS)
+ARROW_ERRORS = (pyarrow.ArrowException, OSError, ValueError, OverflowError)
+"""What pyarrow raises on damaged files; ValueError for names that are no UTF-8."""
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -71,7 +73,7 @@ class ParquetImage:
         """The encoded image; in order of rows, all images of a file take one pass. Raises OSError. Thread-safe."""
         try:
             cell = _parquet_column(self.path, self.column).cell(self.row)
-        except pyarrow.ArrowException as error:
+        except (*ARROW_ERRORS, StopIteration, IndexError) as error:
             raise OSError(f"no readable parquet: {error}") from error
         return cell_bytes(cell, self.item)
 

@@ -26,7 +26,7 @@ from pydantic import Field
 from shared.config import Section
 from shared.errors import DataError
 from trainer.data.fields import MAX_IMAGES, MAX_QUESTIONS, question_of, text_of
-from trainer.data.images import ParquetImage, cell_bytes
+from trainer.data.images import ARROW_ERRORS, ParquetImage, cell_bytes
 from trainer.data.index import QuestionColumns, Records
 from trainer.data.records import ImageSource, KindQuestion, OnError, Record, raise_error
 from trainer.data.spans import counted
@@ -86,7 +86,7 @@ class ParquetFiles:
             try:
                 self._starts.append(self._starts[-1] + parquet.read_metadata(file).num_rows)
                 self._files.append(file)
-            except (pyarrow.ArrowException, OSError) as error:
+            except ARROW_ERRORS as error:
                 on_error(DataError(f"{file}: no readable parquet ({_reason(error)}); copy the file again"))
         self._parts: list[pyarrow.Table] = []
 
@@ -100,7 +100,9 @@ class ParquetFiles:
                 content = parquet.ParquetFile(file)
                 missing = set(columns) - set(content.schema_arrow.names)
                 part = None if missing else content.read(columns=list(columns))
-            except (pyarrow.ArrowException, OSError) as error:
+                if part is not None:
+                    part.validate(full=True)
+            except ARROW_ERRORS as error:
                 raise DataError(f"{file}: no readable parquet ({_reason(error)}); copy the file again") from error
             if part is None:
                 have = ", ".join(content.schema_arrow.names)
@@ -113,7 +115,7 @@ class ParquetFiles:
         number, local = self._place(row)
         try:
             return {name: self._parts[number].column(name)[local].as_py() for name in self._parts[number].column_names}
-        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        except ARROW_ERRORS as error:
             raise DataError(f"{self.where(row)}: cannot be read ({_reason(error)}); correct or drop the row") from error
 
     def where(self, row: int) -> str:
@@ -225,6 +227,7 @@ def load_dataset(
             dataset = datasets.load_from_disk(root / split)
         else:
             dataset = datasets.load_dataset(str(root), options.name, split=split)
+        dataset.data.table.validate(full=True)  # Arrow maps files into memory unread; wrong offsets would crash
     except Exception as error:  # the library raises nearly anything on absent and damaged files
         raise DataError(
             f"{root}: split {split!r} cannot be loaded ({_reason(error)}); check data.path, data.split names and "

@@ -31,7 +31,7 @@ from shared.messages import LatentPositions, Question
 from shared.packing import latent_media
 from shared.reading import pack_questions
 from shared.vlm import nearly_square, pooled_image_tokens
-from trainer.data import training_records
+from trainer.data import ErrorPolicy, readable_records, training_records
 from trainer.data.records import Record
 from trainer.evaluation import geometry
 from trainer.evaluation.benchmarks.reading import read_benchmark
@@ -212,7 +212,8 @@ def geometry_suite(s: Session) -> dict[str, Any]:
 
 def transfer_suite(s: Session) -> dict[str, Any]:
     """By reader of another family: the latents through closed-form projectors fitted on training images."""
-    fit_records = training_records(s.config.data, s.config.train.seed)[:FIT_IMAGES]
+    training = training_records(s.config.data, s.config.train.seed)
+    fit_records = readable_records(training, FIT_IMAGES, ErrorPolicy(s.config.data.on_error))
     fit_sources = {
         "visual_tokens": torch.cat([pooled for pooled, _ in s.visual_tokens(fit_records)]),
         "latents": latents_of(s.generator, s.features, fit_records, s.config.evaluation.batch_images),
