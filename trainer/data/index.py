@@ -86,6 +86,11 @@ class _Index:
         self.kinds, self.kind_Q = kinds, kind_Q
         self.answers, self.answer_Q = answers, answer_Q
 
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What grows with the split."""
+        return self._order_Q, self.starts, self.kind_Q, self.answer_Q
+
     def _checked(self, row: int) -> Record:
         """A record with all its questions. Raises DataError."""
         record = self._build(row, self._order_Q[self.starts[row] : self.starts[row + 1]])
@@ -138,6 +143,12 @@ class Records(Sequence[Record]):
     def with_answers(self, answers: Collection[str]) -> Records:
         """Only the questions with these answers; records left with none are dropped."""
         return self._without(~np.isin(self._index.answer_Q, _numbers(self._index.answers, answers)))
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of this view and of the arrays that all views share; places in files come on top."""
+        arrays = (self._rows_N, self._asked_N, self._kept_Q, *self._index.arrays)
+        return sum(values.nbytes for values in arrays) + sum(map(len, self._index.answers))
 
     def kinds(self) -> Counter[str]:
         """How many questions of each kind there are."""
