@@ -214,8 +214,8 @@ def build_models(names: Sequence[str], to: Path, steps: int | None, console: Con
             PRETRAINING_QUESTIONS_PER_KIND,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-        records = load_clevr(Path(folder) / "data", "train", options=FileOptions(check_images=False))
-        unseen = load_clevr(Path(folder) / "data", "test", options=FileOptions(check_images=False))
+        records = list(load_clevr(Path(folder) / "data", "train", options=FileOptions(check_images=False)))
+        unseen = list(load_clevr(Path(folder) / "data", "test", options=FileOptions(check_images=False)))
         for spec in specs:
             stages = [replace(s, steps=min(s.steps, steps or s.steps)) for s in spec.stages]
             task = bar.add_task(f"model {spec.name}", total=sum(s.steps for s in stages))
