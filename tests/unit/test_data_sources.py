@@ -254,9 +254,9 @@ def test_damage_in_tables_is_named_or_skipped(source: str, expected: str, tmp_pa
 @pytest.mark.parametrize("source", ["parquet", "datasets"])
 def test_wrong_columns_and_images_without_bytes_are_named(source: str, tmp_path: Path) -> None:
     fields = SAMPLES[source](tmp_path, ("train",))
-    columns = {**TABLE_COLUMNS, "id": "name"}
-    with pytest.raises(DataError, match=r"no column 'name', only .*; set data\.options\.columns"):
-        loaded({**fields, "options": {"columns": columns}})
+    for wrong in ({"id": "name"}, {"image": ["name"]}):
+        with pytest.raises(DataError, match=r"no column 'name', only .*; set data\.options\.columns"):
+            loaded({**fields, "options": {"columns": {**TABLE_COLUMNS, **wrong}}})
     row = {**rows_of_tables()[0], "picture": {"bytes": None, "path": None}}
     table = pa.Table.from_pylist([row, rows_of_tables()[1]])
     shutil.rmtree(tmp_path)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 from rich.console import Console
@@ -35,19 +36,22 @@ _SKIPPED_SHOWN = 3
 class ErrorPolicy:
     """What happens to a damaged record: `data.on_error` fail raises, skip counts and shows the first few.
 
-    Safe to call from the loader thread.
+    Safe to call from the loader threads.
     """
 
     def __init__(self, on_error: Literal["fail", "skip"]):
         self.count = 0
         self._on_error = on_error
+        self._counting = Lock()
 
     def __call__(self, error: DataError) -> None:
         """Raise the error or count it."""
         if self._on_error == "fail":
             raise error
-        self.count += 1
-        if self.count <= _SKIPPED_SHOWN:
+        with self._counting:
+            self.count += 1
+            is_shown = self.count <= _SKIPPED_SHOWN
+        if is_shown:
             log.warning("skipped: %s", error)
 
 

@@ -91,9 +91,11 @@ def _load_hub(root: Path, split: str, on_error: OnError, options: GqaOptions) ->
     name = f"{split}_{options.questions}"
     images = ParquetFiles(split_files(root / f"{name}_images", split, "parquet"), on_error)
     place_of: dict[str, int] = {}
+    images.check_columns(["id", "image"])
     for row, fields in images.rows(["id"]):
         place_of[str(fields["id"])] = row
     table = ParquetFiles(split_files(root / f"{name}_instructions", split, "parquet"), on_error)
+    table.check_columns(["id", "imageId", "question", "answer", "types"])
     grouped, rows = _Grouped(on_error, options.kinds), array("q")
     for row, fields in table.rows(["id", "imageId", "question", "answer", "types"]):
         where = table.where(row)

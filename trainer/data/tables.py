@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +64,9 @@ class Table(Protocol):
 
     def __len__(self) -> int: ...
 
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raise DataError if one is missing."""
+
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Every row with its number, and these columns. Raises DataError."""
 
@@ -93,20 +96,23 @@ class ParquetFiles:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raise DataError if one is missing in one of the files."""
+        for file in self._files:
+            try:
+                names = parquet.read_schema(file).names
+            except ARROW_ERRORS as error:
+                raise DataError(f"{file}: no readable parquet ({_reason(error)}); copy the file again") from error
+            _check_columns(columns, names, str(file))
+
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Every row with its number, and these columns, which then stay in memory. Raises DataError."""
         for file in self._files:
             try:
-                content = parquet.ParquetFile(file)
-                missing = set(columns) - set(content.schema_arrow.names)
-                part = None if missing else content.read(columns=list(columns))
-                if part is not None:
-                    part.validate(full=True)
+                part = parquet.ParquetFile(file).read(columns=list(columns))
+                part.validate(full=True)
             except ARROW_ERRORS as error:
                 raise DataError(f"{file}: no readable parquet ({_reason(error)}); copy the file again") from error
-            if part is None:
-                have = ", ".join(content.schema_arrow.names)
-                raise DataError(f"{file}: no column {sorted(missing)[0]!r}, only {have}; set data.options.columns")
             self._parts.append(part)
         return ((row, self.row(row)) for row in range(len(self)))
 
@@ -139,15 +145,17 @@ class DatasetTable:
     def __init__(self, dataset: Any, name: str, root: Path):
         self._dataset, self._name, self._root = dataset.with_format("arrow"), name, root
         self._texts = self._dataset
+        self._columns = {column: self._dataset.select_columns([column]) for column in dataset.column_names}
 
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raise DataError if one is missing."""
+        _check_columns(columns, self._dataset.column_names, self._name)
+
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Every row with its number, and these columns. Raises DataError."""
-        if missing := sorted(set(columns) - set(self._dataset.column_names)):
-            have = ", ".join(self._dataset.column_names)
-            raise DataError(f"{self._name}: no column {missing[0]!r}, only {have}; set data.options.columns")
+        """Every row with its number, and these columns."""
         self._texts = self._dataset.select_columns(list(columns))
         return ((row, fields) for first in range(0, len(self), _BATCH_ROWS) for row, fields in self._batch(first))
 
@@ -161,7 +169,7 @@ class DatasetTable:
 
     def images(self, row: int, column: str) -> tuple[ImageSource, ...]:
         """The one image of a cell, or all of a list. Raises DataError."""
-        cell = self._dataset.select_columns([column])[row].column(0)[0]
+        cell = self._columns[column][row].column(0)[0]
         n = len(cell.as_py()) if pyarrow.types.is_list(cell.type) else 1
         if not 0 < n <= MAX_IMAGES:
             raise DataError(f"{self.where(row)}: {n} images in {column!r}, not 1 to {MAX_IMAGES}; drop the row")
@@ -169,7 +177,7 @@ class DatasetTable:
 
     def encoded(self, row: int, column: str, item: int) -> bytes:
         """The encoded image of a cell, or of the file below the root that it names. Raises OSError."""
-        cell = self._dataset.select_columns([column])[row].column(0)[0].as_py()
+        cell = self._columns[column][row].column(0)[0].as_py()
         cell = cell[item] if isinstance(cell, list) else cell
         if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
             path, root = os.path.realpath(cell["path"]), os.path.realpath(self._root)
@@ -249,6 +257,7 @@ def split_files(root: Path, split: str, ending: str) -> list[Path]:
 def _table_records(table: Table, source: str, root: str, split: str, on_error: OnError, columns: Columns) -> Records:
     named = [columns.question, columns.answer, columns.kind, columns.id]
     needed = sorted({name.split(".")[0] for name in named if name is not None})
+    table.check_columns([*needed, *columns.image])
     index, rows, seen = QuestionColumns(), array("q"), set[int]()
     for row, fields in counted(table.rows(needed), f"reading {split}", len(table)):
         try:
@@ -290,6 +299,12 @@ def _row(fields: Mapping[str, Any], row: int, columns: Columns, where: str) -> t
     questions = tuple(question_of({"question": q, "answer": a, "kind": k}, where) for q, a, k in triples)
     identity = row if columns.id is None else _pick(fields, columns.id)
     return str(identity) if type(identity) is int else text_of(identity, "id", where), questions
+
+
+def _check_columns(columns: Iterable[str], names: Sequence[str], where: str) -> None:
+    if missing := sorted(set(columns) - set(names)):
+        have = ", ".join(names)
+        raise DataError(f"{where}: no column {missing[0]!r}, only {have}; set data.options.columns")
 
 
 def _pick(value: Any, path: str) -> Any:
