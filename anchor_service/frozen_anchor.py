@@ -6,17 +6,16 @@ Legend: B images (or records, of several images), Q questions per image, K laten
 from __future__ import annotations
 
 import contextlib
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from shared.config import AnchorConfig
 from shared.errors import AnchorCallError, HandshakeError
+from shared.images import decode_image
 from shared.messages import (
     PROTOCOL_VERSION,
     Gradient,
@@ -216,12 +215,6 @@ class FrozenAnchor:
         with self._adapter_off():
             tokens = self.model.image_tokens([decode_image(data) for data in images])
         return float(torch.cat(tokens.tokens).float().norm(dim=-1).mean())
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """An encoded image file as RGB."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
 
 
 def load_frozen_anchor(

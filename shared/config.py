@@ -122,8 +122,9 @@ class FeatureCacheConfig(Section):
 class DataConfig(Section):
     """What is looked at and asked about."""
 
-    source: Literal["clevr", "toy", "jsonl"] = "clevr"
+    source: str = Field("clevr", description="One of `SOURCES` in trainer/data.")
     path: Path = Field(description="Folder in the source's layout; source toy writes it if it is absent.")
+    options: dict[str, Any] = Field({}, description="The source's own fields; its file in trainer/data checks them.")
     train_split: str = "train"
     val_split: str = "val"
     test_split: str = "test"

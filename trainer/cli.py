@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 toy_app = typer.Typer(no_args_is_help=True, help="The toy world: build its data and models, look at a scene.")
 app.add_typer(toy_app, name="toy")
+data_app = typer.Typer(no_args_is_help=True, help="Look at a config's data before anything is trained on it.")
+app.add_typer(data_app, name="data")
 
 
 @app.command()
@@ -205,7 +207,7 @@ def estimate(
 
 _MODEL = typer.Option("--model", help="Hugging Face folder or hub name.")
 _DATA = typer.Option("--data", help="Folder of a data set.")
-SourceOption = Annotated[Literal["clevr", "jsonl"], typer.Option(help="Layout of --data, see data.source.")]
+SourceOption = Annotated[str, typer.Option(help="Layout of --data, see data.source.")]
 DtypeOption = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto: the first GPU if there is one.")]
 
@@ -357,6 +359,60 @@ def difficulty(
     labelled = label_split(model, dtype, data_config, split, sampling, workers, to, console, save_every_s)
     print_labels(labelled, threshold, console)
     console.print(f"labels: {to}", highlight=False, soft_wrap=True)
+
+
+@data_app.command("check")
+@friendly_errors
+def data_check(
+    config: ConfigOption,
+    set_: SetOption = None,
+    images: Annotated[int, typer.Option(min=0, help="Images to open per split, evenly spread; 0: all.")] = 2000,
+    to: Annotated[Path, typer.Option(help="Folder for the page and for what was learnt of images.")] = Path(
+        "runs/data-check"
+    ),
+) -> None:
+    """Count, open images, tokenize answers; print tables and write TO/data.html with a grid of samples.
+
+    Damaged records and broken images are counted and named whatever data.on_error says; so are images that stand in two
+    splits, and answers without tokens. What always giving the commonest answer reaches is the bar for everything else.
+    May be interrupted: what was learnt of images stays in TO/images.jsonl, by content.
+
+    Example: python -m trainer data check --config deploy/configs/toy.yaml
+    """
+    from shared.config import load_config
+    from trainer.data import prepare_data
+    from trainer.data.check import check_data
+    from trainer.report.data_page import print_check, write_page
+
+    console = Console()
+    resolved = load_config(Path(config), set_ or [])
+    prepare_data(resolved.data, console)
+    found = check_data(resolved, images, to / "images.jsonl")
+    print_check(found, console)
+    console.print(f"page: {write_page(found, to)}", highlight=False, soft_wrap=True)
+
+
+@data_app.command("show")
+@friendly_errors
+def data_show(
+    config: ConfigOption,
+    set_: SetOption = None,
+    split: Annotated[str | None, typer.Option(help="By default the training split.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many records.")] = 3,
+    seed: Annotated[int, typer.Option(help="Which records are drawn.")] = 0,
+) -> None:
+    """Print records with their prompts exactly as the generator and each anchor see them, decoded from token ids.
+
+    Example: python -m trainer data show --config deploy/configs/toy.yaml --n 2
+    """
+    from shared.config import load_config
+    from trainer.data import prepare_data
+    from trainer.data.show import show_data
+
+    console = Console()
+    resolved = load_config(Path(config), set_ or [])
+    prepare_data(resolved.data, console)
+    show_data(resolved, split or resolved.data.train_split, n, seed, console)
 
 
 @toy_app.command("build")

@@ -10,10 +10,11 @@ import logging
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from shared.errors import ConfigError, DataError, NonFiniteError, NonFiniteReply
 from shared.vlm import load_prompt
 from trainer.bridge import AnchorDroppedError
 from trainer.checkpoint import CheckpointStore, load_trainer_state
-from trainer.data import ErrorPolicy, load_records, training_records
+from trainer.data import ErrorPolicy, load_records, readable_records, training_records
 from trainer.data.records import KindQuestion, Record
-from trainer.data.sampling import Batch, Sampler, without_kinds
+from trainer.data.sampling import Batch, Sampler
 from trainer.generator import Generator
 from trainer.image_features import ImageFeatures, OpenedImages, PreparedImages
 from trainer.methods import METHODS
@@ -38,6 +39,8 @@ from trainer.progress import TrainProgress
 log = logging.getLogger(__name__)
 
 _PROBE_IMAGES = 16
+_STEPS_AHEAD = 2
+"""Steps whose images are loaded at once: one thread makes four images of a megapixel ready in about 200 ms."""
 CONFIG_FILE = "config.yaml"
 
 
@@ -68,8 +71,9 @@ class Trainer:
         self.microbatches = Microbatches(t.microbatches, t.batch_images, pool.has_remote)
         self.features = ImageFeatures(generator, config.data.feature_cache)
         self._on_error = ErrorPolicy(config.data.on_error)
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._next: tuple[int, Future[list[Prepared]]] | None = None
+        self._loader = ThreadPoolExecutor(max_workers=_STEPS_AHEAD, thread_name_prefix="loader")
+        self._drawing = Lock()
+        self._ahead: dict[int, Future[list[Prepared]]] = {}
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimization step; returns its metrics. Raises NonFiniteError naming records; nothing changes then."""
@@ -159,20 +163,22 @@ class Trainer:
         yield from waiting
 
     def _prepared(self, step: int) -> list[Prepared]:
-        """The step's microbatches; the next step's are loaded while this one runs."""
-        loading = self._next[1] if self._next and self._next[0] == step else self._submit(step)
-        parts = loading.result()
+        """The step's microbatches; those of the next steps are loaded while this one runs, each in a thread."""
+        parts = (self._ahead.pop(step, None) or self._submit(step)).result()
         if len(parts) != self.microbatches.count(step):
             # The step before ended the trial of `auto`, after this one's batch had been cut.
             parts = self._submit(step).result()
-        self._next = (step + 1, self._submit(step + 1)) if step + 1 < self.config.train.steps else None
+        for later in range(step + 1, min(step + 1 + _STEPS_AHEAD, self.config.train.steps)):
+            if later not in self._ahead:
+                self._ahead[later] = self._submit(later)
         return parts
 
     def _submit(self, step: int) -> Future[list[Prepared]]:
         return self._loader.submit(self._load, step, self.microbatches.count(step))
 
     def _load(self, step: int, microbatches: int) -> list[Prepared]:
-        batch = self._sampler.batch(step)
+        with self._drawing:  # a sampler is owned by one thread at a time
+            batch = self._sampler.batch(step)
         n = len(batch.records) // microbatches
         parts = []
         for start in range(0, len(batch.records), n):
@@ -219,7 +225,7 @@ class Trainer:
         return int(state["next_step"])
 
     def close(self) -> None:
-        """End the loader thread; finish writing to the feature cache."""
+        """End the loader threads; finish writing to the feature cache."""
         self._loader.shutdown(wait=True, cancel_futures=True)
         self.features.close()
 
@@ -237,14 +243,17 @@ def train_run(config: Config, resume: bool) -> bool:
         )
     prompt = load_prompt(config.generator.model)
     records = training_records(config.data, config.train.seed, prompt)
-    validation = without_kinds(load_records(config.data, config.data.val_split, prompt), config.data.held_out_kinds)
+    held_out = load_records(config.data, config.data.val_split, prompt).without_kinds(config.data.held_out_kinds)
     sampler = Sampler(records, config.train.batch_images, config.data.questions_per_image, config.train.seed)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
 
     with _stop_signal() as stop:
         generator = Generator(config.generator, config.train.seed)
-        probe = [data for record in records[:_PROBE_IMAGES] for data in record.image_bytes()][:_PROBE_IMAGES]
+        policy = ErrorPolicy(config.data.on_error)
+        first = readable_records(records, _PROBE_IMAGES, policy)
+        validation = readable_records(held_out, config.train.validate_images, policy)
+        probe = [data for record in first for data in record.image_bytes()][:_PROBE_IMAGES]
         shared_base = (generator.model, generator.adapter_off)
         with (
             AnchorPool.start(config, generator.handshake(), shared_base, probe_images=probe) as pool,
@@ -252,7 +261,7 @@ def train_run(config: Config, resume: bool) -> bool:
         ):
             first_step = _restore(trainer, store) if resume else 0
             if first_step == 0:
-                trainer.method.prepare(trainer.features, records[:_PROBE_IMAGES])
+                trainer.method.prepare(trainer.features, first)
             with (
                 contextlib.closing(MetricsWriter(run_dir, config, first_step)) as metrics,
                 TrainProgress(config, first_step) as progress,
@@ -267,7 +276,7 @@ def _run_steps(
     progress: TrainProgress,
     stop: StopSignal,
     first_step: int,
-    validation: list[Record],
+    validation: Sequence[Record],
 ) -> bool:
     t = trainer.config.train
     for step in range(first_step, t.steps):
@@ -279,7 +288,7 @@ def _run_steps(
         done, last = step + 1, step + 1 == t.steps
         if last or (t.validate_every and done % t.validate_every == 0):
             trainer.generator.train(False)
-            values["validation_nll"] = trainer.method.validation_nll(trainer.features, validation[: t.validate_images])
+            values["validation_nll"] = trainer.method.validation_nll(trainer.features, validation)
         metrics.write(step, values)
         progress.update(done, values)
         for name, reason in trainer.pool.lost.items():

@@ -43,7 +43,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("train.steps", "many", "f.yaml: train.steps: input should be a valid integer"),
         ("train.steps", "many", "got 'many'"),
         ("train.steps", 0, "f.yaml: train.steps: input should be greater than or equal to 1, got 0"),
-        ("data.source", "gqa", "f.yaml: data.source: input should be 'clevr', 'toy' or 'jsonl', got 'gqa'"),
+        ("data.on_error", "ask", "f.yaml: data.on_error: input should be 'fail' or 'skip', got 'ask'"),
         ("anchors.0.name", "a b", "f.yaml: anchors.0.name: string should match pattern"),
         ("generator.dtype", "float64", "generator.dtype: float64 is for tests of anchors; use float32 or bfloat16"),
         ("train.microbatches", 3, "microbatches: 3 does not divide batch_images: 4; choose a divisor"),

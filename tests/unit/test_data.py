@@ -157,13 +157,18 @@ def test_an_image_cut_short_is_named_when_it_is_loaded(tmp_path):
 
 def test_files_that_are_no_json_or_absent(tmp_path):
     write_clevr(tmp_path, good_entries())
-    with pytest.raises(DataError, match=r"CLEVR_val_questions\.json: missing; data\.path must name|CLEVR_val_scenes"):
+    with pytest.raises(
+        DataError, match=r"CLEVR_val_questions\.json: cannot be read .*check data\.path and data\.split names"
+    ):
         load_clevr(tmp_path, "val")
     questions = tmp_path / "questions/CLEVR_train_questions.json"
-    for text in ("{", "[]", '{"scenes": []}'):
+    for text in ("{", "[]", '{"scenes": []}', '{"questions": 3}', '{"questions": [{}, ', '{"questions": [{} {}]}'):
         questions.write_text(text)
-        with pytest.raises(DataError, match=r"questions\.json: no JSON with a list 'questions'"):
-            load_clevr(tmp_path, "train")
+        with pytest.raises(DataError, match=r"questions\.json: no valid JSON at byte \d+ \(.*copy the file again"):
+            load_records(DataConfig(path=tmp_path, on_error="skip"), "train")
+    questions.write_text('{"questions": [{"question": "' + "a" * 20_000_000)
+    with pytest.raises(DataError, match=r"questions\.json: no valid JSON at byte 15 \(Unterminated string"):
+        load_clevr(tmp_path, "train")
     questions.write_text('{"questions": []}')
     with pytest.raises(DataError, match="no usable record"):
         load_clevr(tmp_path, "train")

@@ -1,24 +1,31 @@
-"""Data sources: each reads files into `Record`s; `load_records` picks the one that the config names."""
+"""Data sources: each reads files into `Records`; `SOURCES` is the table."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from threading import Lock
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress
 
-from shared.config import DataConfig
-from shared.errors import DataError
+from shared.config import DataConfig, Section, parse_section
+from shared.errors import ConfigError, DataError
 from shared.messages import Question
 from shared.vlm import Prompt
-from trainer.data.clevr import OnError, load_clevr
+from trainer.data.clevr import load_clevr
+from trainer.data.fields import FileOptions
+from trainer.data.gqa import GqaOptions, load_gqa
+from trainer.data.index import Records
 from trainer.data.jsonl import load_jsonl
-from trainer.data.records import Record
-from trainer.data.sampling import shuffled_pairs, without_kinds
+from trainer.data.records import OnError, Record
+from trainer.data.sampling import derangement
+from trainer.data.tables import DatasetOptions, TableOptions, load_dataset, load_parquet
+from trainer.data.tallyqa import load_tallyqa
+from trainer.data.webdataset import load_webdataset
 from trainer.toy.dataset import ensure_toy_data
 from trainer.toy.tasks import TASKS
 from trainer.toy.tasks.dataset import EVALUATION_SIZES, ensure_tasks
@@ -31,26 +38,23 @@ _SKIPPED_SHOWN = 3
 class ErrorPolicy:
     """What happens to a damaged record: `data.on_error` fail raises, skip counts and shows the first few.
 
-    Safe to call from the loader thread.
+    Safe to call from the loader threads.
     """
 
     def __init__(self, on_error: Literal["fail", "skip"]):
         self.count = 0
         self._on_error = on_error
+        self._counting = Lock()
 
     def __call__(self, error: DataError) -> None:
         """Raise the error or count it."""
         if self._on_error == "fail":
             raise error
-        self.count += 1
-        if self.count <= _SKIPPED_SHOWN:
+        with self._counting:
+            self.count += 1
+            is_shown = self.count <= _SKIPPED_SHOWN
+        if is_shown:
             log.warning("skipped: %s", error)
-
-
-def prepare_data(config: DataConfig, console: Console) -> None:
-    """Make what the config's source makes itself: the toy data set, if its folder is absent."""
-    if config.source == "toy":
-        build_toy_data(config.path, console)
 
 
 def build_toy_data(path: Path, console: Console) -> None:
@@ -68,46 +72,97 @@ def build_toy_tasks(path: Path, tasks: Sequence[str], train: int, seed: int, con
         ensure_tasks(path, tasks or list(TASKS), sizes, seed, lambda done, n: bar.update(task, completed=done, total=n))
 
 
-def load_records(config: DataConfig, split: str, prompt: Prompt | None = None) -> list[Record]:
-    """All records of a split, with damaged ones handled as `data.on_error` says. Raises DataError.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A kind of data set. load: (data.path, split, what to do with damage, checked options) to records.
+
+    options: what `data.options` may hold. prepare: makes what the source makes itself, if `data.path` is absent.
+    """
+
+    load: Callable[[Path, str, OnError, Any], Records]
+    options: type[Section] = FileOptions
+    prepare: Callable[[Path, Console], None] | None = None
+
+
+SOURCES: dict[str, Source] = {
+    "clevr": Source(load_clevr),
+    "toy": Source(load_clevr, prepare=build_toy_data),
+    "gqa": Source(load_gqa, GqaOptions),
+    "tallyqa": Source(load_tallyqa),
+    "jsonl": Source(load_jsonl),
+    "parquet": Source(load_parquet, TableOptions),
+    "datasets": Source(load_dataset, DatasetOptions),
+    "webdataset": Source(load_webdataset, Section),
+}
+
+
+def prepare_data(config: DataConfig, console: Console) -> None:
+    """Check source and options, and make what the source makes itself. Raises ConfigError, DataError."""
+    source, _ = checked_source(config)
+    if source.prepare is not None:
+        source.prepare(config.path, console)
+
+
+def checked_source(config: DataConfig) -> tuple[Source, Section]:
+    """The source that the config names, and its options. Raises ConfigError."""
+    source = SOURCES.get(config.source)
+    if source is None:
+        raise ConfigError(f"data.source: {config.source!r} is not known; use one of {', '.join(SOURCES)}")
+    return source, parse_section(source.options, config.options, f"data.options of source {config.source}")
+
+
+def load_records(config: DataConfig, split: str, prompt: Prompt | None = None) -> Records:
+    """All records of a split, with damaged ones handled as `data.on_error` says. Raises DataError, ConfigError.
 
     prompt: whose tokenizer every answer must have tokens in, if one is given.
     """
+    source, options = checked_source(config)
     policy = ErrorPolicy(config.on_error)
-    load = load_jsonl if config.source == "jsonl" else load_clevr
-    records: Sequence[Record] = load(config.path, split, policy)
+    records = source.load(config.path, split, policy, options)
     if prompt is not None:
         records = with_tokens(records, prompt, policy)
     if policy.count:
         log.warning("%s/%s: %d damaged records skipped, %d kept", config.path, split, policy.count, len(records))
-    return list(records)
+    return records
 
 
-def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None) -> list[Record]:
+def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None) -> Records:
     """The training split as the config wants it: first n images, held-out kinds removed, pairs kept or shuffled."""
-    loaded = load_records(config, config.train_split, prompt)
-    records = without_kinds(loaded, config.held_out_kinds)[: config.max_images]
+    records = load_records(config, config.train_split, prompt)
+    records = records.without_kinds(config.held_out_kinds)[: config.max_images]
     if not records:
         raise DataError(f"{config.path}: data.held_out_kinds leaves no training question; hold out fewer kinds")
-    return shuffled_pairs(records, seed) if config.pairing == "shuffled" else records
+    if config.pairing == "shuffled":
+        return records.with_questions_of(derangement(len(records), seed))
+    return records
 
 
-def with_tokens(records: Sequence[Record], prompt: Prompt, on_error: OnError) -> list[Record]:
+def readable_records(records: Sequence[Record], n: int, on_error: OnError) -> list[Record]:
+    """The first n records whose images can be decoded; the others go to `on_error`."""
+    kept: list[Record] = []
+    for record in records:
+        if len(kept) == n:
+            break
+        try:
+            record.load_images()
+        except DataError as error:
+            on_error(error)
+            continue
+        kept.append(record)
+    return kept
+
+
+def with_tokens(records: Records, prompt: Prompt, on_error: OnError) -> Records:
     """Records without the questions whose answer has no tokens; each distinct answer is tokenized once."""
     silent: dict[str, DataError] = {}
-    for answer in sorted({question.answer for record in records for question in record.questions}):
+    for answer in sorted(records.answers()):
         try:
             prompt.branches([[Question("?", answer)]])
         except DataError as error:
             silent[answer] = error
     if not silent:
-        return list(records)
-    kept = []
-    for record in records:
+        return records
+    for record in records.with_answers(silent):
         for question in record.questions:
-            if question.answer in silent:
-                on_error(DataError(f"{record.where}: record {record.record_id}: {silent[question.answer]}"))
-        questions = tuple(q for q in record.questions if q.answer not in silent)
-        if questions:
-            kept.append(replace(record, questions=questions))
-    return kept
+            on_error(DataError(f"{record.where}: record {record.record_id}: {silent[question.answer]}"))
+    return records.without_answers(silent)

@@ -8,11 +8,13 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from PIL import Image
+from pydantic import Field
 
+from shared.config import Section
 from shared.errors import DataError
+from shared.images import check_header
 from trainer.data.records import ImageFile, KindQuestion
 
 MAX_TEXT_CHARS = 20_000
@@ -21,10 +23,10 @@ MAX_QUESTIONS = 10_000
 UNKNOWN_KIND = "unknown"
 
 
-def parse_object(content: bytes | str, where: str) -> dict[str, Any]:
-    """A JSON object. Raises DataError, for NaN and infinities, too: JSON has none."""
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object. Raises DataError."""
     try:
-        value = json.loads(content, parse_constant=_refuse_constant)
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: no valid JSON ({' '.join(str(error).split())}); correct or drop it") from error
     if not isinstance(value, dict):
@@ -94,20 +96,20 @@ class ImageFolder:
         self._real_root = os.path.realpath(root)
         self._inside: dict[str, bool] = {}
 
-    def image(self, relative: Any, where: str) -> ImageFile:
-        """An image that lies there. Raises DataError if it is missing, leads out or is no image."""
+    def image(self, relative: Any, where: str, look: bool) -> ImageFile:
+        """An image that lies there. Raises DataError if the path leads out.
+
+        look: whether there is an image, too; only its header is read.
+        """
         path = self.path(relative, where)
         try:
             is_link = stat.S_ISLNK(os.lstat(path).st_mode)
-            if not self._is_inside(os.path.realpath(path) if is_link else path):
-                raise DataError(f"{where}: image {relative!r} is a link out of {self.root}; put the file itself there")
-            with Image.open(path):  # reads the header
-                pass
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: image is missing{_other_case(path)} ({where}); restore the file") from error
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{path}: not an image ({where}: {reason}); replace the file") from error
+        except OSError:
+            is_link = False  # missing: seen below, or when the image is read
+        if not self._is_inside(os.path.realpath(path) if is_link else path):
+            raise DataError(f"{where}: image {relative!r} is a link out of {self.root}; put the file itself there")
+        if look:
+            _look_at(path, where)
         return ImageFile(path)
 
     def path(self, relative: Any, where: str) -> Path:
@@ -126,6 +128,17 @@ class ImageFolder:
         return self._inside[parent]
 
 
+def _look_at(path: Path, where: str) -> None:
+    remedy = "or set data.on_error: skip"
+    try:
+        check_header(path)
+    except FileNotFoundError as error:
+        other = _other_case(path)
+        raise DataError(f"{path}: image is missing{other}; restore the file that {where} names, {remedy}") from error
+    except DataError as error:
+        raise DataError(f"{path}: not an image; replace the file that {where} names, {remedy} ({error})") from error
+
+
 def _other_case(path: Path) -> str:
     """A hint, if a file lies there whose name differs in letter case alone."""
     try:
@@ -135,5 +148,12 @@ def _other_case(path: Path) -> str:
     return f", but {names[0]} is there: names must agree in letter case" if names else ""
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+class FileOptions(Section):
+    """Options of sources whose images lie in files of their own."""
+
+    check_images: bool = Field(
+        True, description="Open every image's header at the start; without, damage is found when an image is drawn."
+    )
+
+
+DEFAULT_OPTIONS = FileOptions()

@@ -10,12 +10,19 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import overload
 
 import numpy as np
 
 from shared.errors import DataError
 from trainer.data.records import KindQuestion, Record
+
+Build = Callable[[int, np.ndarray], Record]
+"""Record n with all its questions, from n and the numbers of its questions in the order of the file."""
+
+_KEPT_RECORDS = 4096
+"""Last built, so that a small data set is parsed once and not in every epoch."""
 
 
 class Texts:
@@ -50,19 +57,15 @@ class QuestionColumns:
         self._kinds.append(question.kind)
         self._answers.append(question.answer)
 
-    def by_record(self) -> np.ndarray:
-        """The order (Q,) in which the questions of a record stand together, records in ascending order."""
-        return np.argsort(np.array(self._records, dtype=np.int32), kind="stable")
-
-    def records(self, build: Callable[[int], Record], n_records: int) -> Records:
-        """The sequence of all records; build(n) gives record n with all its questions."""
-        order = self.by_record()
-        counts = np.bincount(np.array(self._records, dtype=np.int32), minlength=n_records)
-        starts = np.concatenate([[0], np.cumsum(counts)])
+    def records(self, build: Build, n_records: int) -> Records:
+        """The sequence of all records."""
+        record_Q = np.array(self._records, dtype=np.int32)
+        order_Q = np.argsort(record_Q, kind="stable").astype(np.int32)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(record_Q, minlength=n_records))])
         (kinds, kind_Q), (answers, answer_Q) = self._kinds.column(), self._answers.column()
         every = np.arange(n_records)
-        index = _Index(build, starts, kinds, kind_Q[order], answers, answer_Q[order])
-        return Records(index, every, every, np.ones(len(order), dtype=bool))
+        index = _Index(build, order_Q, starts, kinds, kind_Q[order_Q], answers, answer_Q[order_Q])
+        return Records(index, every, every, np.ones(len(order_Q), dtype=bool))
 
 
 class _Index:
@@ -70,16 +73,30 @@ class _Index:
 
     def __init__(
         self,
-        build: Callable[[int], Record],
+        build: Build,
+        order_Q: np.ndarray,
         starts: np.ndarray,
         kinds: list[str],
         kind_Q: np.ndarray,
         answers: list[str],
         answer_Q: np.ndarray,
     ):
-        self.build, self.starts = build, starts
+        self._build, self._order_Q, self.starts = build, order_Q, starts
+        self.build = lru_cache(_KEPT_RECORDS)(self._checked)
         self.kinds, self.kind_Q = kinds, kind_Q
         self.answers, self.answer_Q = answers, answer_Q
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What grows with the split."""
+        return self._order_Q, self.starts, self.kind_Q, self.answer_Q
+
+    def _checked(self, row: int) -> Record:
+        """A record with all its questions. Raises DataError."""
+        record = self._build(row, self._order_Q[self.starts[row] : self.starts[row + 1]])
+        if len(record.questions) != self.starts[row + 1] - self.starts[row]:
+            raise DataError(f"{record.where}: record {record.record_id} has changed since it was indexed; start again")
+        return record
 
 
 class Records(Sequence[Record]):
@@ -105,8 +122,6 @@ class Records(Sequence[Record]):
         record = self._index.build(row)
         questions = record.questions if row == asked else self._index.build(asked).questions
         kept = self._kept_Q[self._index.starts[asked] : self._index.starts[asked + 1]]
-        if len(questions) != len(kept):
-            raise DataError(f"{record.where}: record {record.record_id} has changed since it was indexed; start again")
         return replace(record, questions=tuple(q for q, keep in zip(questions, kept, strict=True) if keep))
 
     def take(self, places: np.ndarray) -> Records:
@@ -125,10 +140,15 @@ class Records(Sequence[Record]):
         """Without the questions with these answers; records left with none are dropped."""
         return self._without(np.isin(self._index.answer_Q, _numbers(self._index.answers, answers)))
 
-    def places_of_answers(self, answers: Collection[str]) -> list[int]:
-        """Places of records that have such an answer, once for each of them."""
-        hit_Q = np.isin(self._index.answer_Q, _numbers(self._index.answers, answers)) & self._kept_Q
-        return [int(place) for place in np.repeat(np.arange(len(self)), self._per_record(hit_Q))]
+    def with_answers(self, answers: Collection[str]) -> Records:
+        """Only the questions with these answers; records left with none are dropped."""
+        return self._without(~np.isin(self._index.answer_Q, _numbers(self._index.answers, answers)))
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of this view and of the arrays that all views share; places in files come on top."""
+        arrays = (self._rows_N, self._asked_N, self._kept_Q, *self._index.arrays)
+        return sum(values.nbytes for values in arrays) + sum(map(len, self._index.answers))
 
     def kinds(self) -> Counter[str]:
         """How many questions of each kind there are."""

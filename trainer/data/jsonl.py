@@ -11,96 +11,76 @@ labels, any object. Other fields are ignored, so are empty lines.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from shared.errors import DataError
-from trainer.data.clevr import OnError, raise_error
-from trainer.data.fields import MAX_IMAGES, ImageFolder, parse_object, questions_of, text_of
+from trainer.data.fields import DEFAULT_OPTIONS, MAX_IMAGES, FileOptions, ImageFolder, questions_of, text_of
 from trainer.data.index import QuestionColumns, Records
-from trainer.data.records import ImageFile, Record
+from trainer.data.records import OnError, Record, raise_error
+from trainer.data.spans import Spans, json_lines
 
-MAX_LINE_BYTES = 16 * 2**20
 
-
-def load_jsonl(root: Path, split: str, on_error: OnError = raise_error) -> Records:
+def load_jsonl(
+    root: Path, split: str, on_error: OnError = raise_error, options: FileOptions = DEFAULT_OPTIONS
+) -> Records:
     """Records of one split in the order of the lines; each stays in the file until it is asked for.
 
     Damaged lines go to `on_error`, which raises or counts them; a missing file always raises DataError.
     """
     file = root / f"{split}.jsonl"
-    folder = ImageFolder(root)
-    columns, seen = QuestionColumns(), set[str]()
-    offsets, lengths, numbers = array("q"), array("i"), array("i")
-    try:
-        with file.open("rb") as lines:
-            for number, offset, line in _lines(lines, file, on_error):
-                where = f"{file}: line {number}"
-                try:
-                    record = _record(line, split, number, folder, where, look=True)
-                except DataError as error:
-                    on_error(error)
-                    continue
-                if record.record_id in seen:
-                    on_error(DataError(f"{where}: id {record.record_id!r} is used twice; rename one"))
-                    continue
-                seen.add(record.record_id)
-                for question in record.questions:
-                    columns.append(len(offsets), question)
-                offsets.append(offset)
-                lengths.append(len(line))
-                numbers.append(number)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); data.path must hold SPLIT.jsonl") from error
-    if not offsets:
+    folder, columns, spans = ImageFolder(root), QuestionColumns(), Spans([file])
+    numbers = array("i")
+    seen: set[int] = set()
+    for span in json_lines(file, on_error):
+        try:
+            record = record_of(span.fields, split, span.name, folder, span.where, options.check_images)
+        except DataError as error:
+            on_error(error)
+            continue
+        if hash(record.record_id) in seen:
+            on_error(DataError(f"{span.where}: id {record.record_id!r} is used twice; rename one"))
+            continue
+        seen.add(hash(record.record_id))
+        for question in record.questions:
+            columns.append(len(spans), question)
+        numbers.append(int(span.name))
+        spans.append(0, span)
+    if not numbers:
         raise DataError(f"{file}: no usable record; check data.path and data.split names")
-    offset_N, length_N, number_N = np.array(offsets), np.array(lengths), np.array(numbers)
 
-    def build(n: int) -> Record:
-        where = f"{file}: line {number_N[n]}"
-        return _record(read_span(file, offset_N[n], length_N[n]), split, int(number_N[n]), folder, where, look=False)
+    def build(n: int, _questions: np.ndarray) -> Record:
+        number = str(numbers[n])
+        (fields,) = spans.read(n)
+        return record_of(fields, split, number, folder, f"{file}: line {number}", look=False)
 
-    return columns.records(build, len(offsets))
-
-
-def read_span(file: Path, offset: int, length: int) -> bytes:
-    """A part of a file. Raises DataError."""
-    try:
-        with file.open("rb") as content:
-            content.seek(offset)
-            return content.read(length)
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read any more ({error.strerror}); restore it") from error
+    return columns.records(build, len(spans))
 
 
-def _lines(content: BinaryIO, file: Path, on_error: OnError) -> Iterator[tuple[int, int, bytes]]:
-    """Number from 1, offset and content of every line that is not empty; no line is held beyond the bound."""
-    offset, number = 0, 0
-    while line := content.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        start, offset = offset, offset + len(line)
-        if len(line) > MAX_LINE_BYTES:
-            while not line.endswith(b"\n") and (line := content.readline(MAX_LINE_BYTES)):
-                offset += len(line)
-            on_error(DataError(f"{file}: line {number} is longer than {MAX_LINE_BYTES} bytes; correct or drop it"))
-        elif line.strip():
-            yield number, start, line
+def record_of(
+    fields: Mapping[str, Any], split: str, default_id: str, folder: ImageFolder, where: str, look: bool
+) -> Record:
+    """The record of a line. look: at the headers of its images. Raises DataError."""
+    images = tuple(folder.image(name, where, look) for name in _image_names(fields, where))
+    record_id = f"{split}/{identity_of(fields, default_id, where)}"
+    return Record(record_id, "jsonl", images, questions_of(fields, where), scene_of(fields, where))
 
 
-def _record(line: bytes, split: str, number: int, folder: ImageFolder, where: str, look: bool) -> Record:
-    """The record of a line. look: at its images, too, which was done when the line was indexed."""
-    fields = parse_object(line, where)
-    identity = fields.get("id", number)
-    name = str(identity) if type(identity) is int else text_of(identity, "id", where)
+def identity_of(fields: Mapping[str, Any], default: str, where: str) -> str:
+    """The field `id`, a text or an integer. Raises DataError."""
+    identity = fields.get("id", default)
+    return str(identity) if type(identity) is int else text_of(identity, "id", where)
+
+
+def scene_of(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The field `scene`, an object, or an empty one. Raises DataError."""
     scene = fields.get("scene") or {}
     if not isinstance(scene, dict):
         raise DataError(f"{where}: scene is no object; correct or drop the record")
-    names = _image_names(fields, where)
-    images = tuple(folder.image(n, where) if look else ImageFile(folder.path(n, where)) for n in names)
-    return Record(f"{split}/{name}", "jsonl", images, questions_of(fields, where), scene)
+    return scene
 
 
 def _image_names(fields: Mapping[str, Any], where: str) -> list[Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,19 @@ from typing import Any, Protocol
 from PIL import Image
 
 from shared.errors import DataError
+from shared.images import decode_image
 from shared.messages import Question
+
+OnError = Callable[[DataError], None]
+"""What becomes of a damaged record: raises, or counts it."""
+
+MAX_FILE_BYTES = 64 * 2**20
+"""Of an encoded image."""
+
+
+def raise_error(error: DataError) -> None:
+    """The `data.on_error: fail` policy."""
+    raise error
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +53,12 @@ class ImageFile:
     path: Path
 
     def read(self) -> bytes:
-        """The file's content. Raises OSError."""
-        return self.path.read_bytes()
+        """The file's content. Raises OSError, for more than MAX_FILE_BYTES, too."""
+        with self.path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise OSError(f"more than {MAX_FILE_BYTES} bytes")
+        return data
 
     def __str__(self) -> str:
         return str(self.path)
@@ -81,9 +96,8 @@ class Record:
 
     def _decode(self, source: ImageSource, data: bytes) -> Image.Image:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
+            return decode_image(data)
+        except DataError as error:
             raise self._unreadable(source, error) from error
 
     def _unreadable(self, source: ImageSource, error: Exception) -> DataError:

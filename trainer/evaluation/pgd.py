@@ -45,7 +45,7 @@ def adversarial_latents(
 def _attack(
     generator: Generator,
     bridge: AnchorBridge,
-    records: list[Record],
+    records: Sequence[Record],
     levels: float,
     calibration: NormCalibration | None,
 ) -> Tensor:

@@ -16,7 +16,7 @@ from anchor_service.pool import AnchorPool
 from shared.config import AnchorConfig, Config, load_config
 from shared.errors import CheckpointError, ConfigError
 from trainer.checkpoint import Checkpoint, CheckpointStore
-from trainer.data import load_records
+from trainer.data import ErrorPolicy, load_records, readable_records
 from trainer.evaluation.suites import SUITES, Session, against, failure_gallery
 from trainer.evaluation.tables import print_tables
 from trainer.generator import Generator
@@ -51,7 +51,8 @@ def evaluate_run(
     """
     checkpoint = _best_checkpoint(config)
     chosen = chosen_anchors(config, anchors)
-    records = load_records(config.data, config.data.test_split)[: config.evaluation.images]
+    test = load_records(config.data, config.data.test_split)
+    records = readable_records(test, config.evaluation.images, ErrorPolicy(config.data.on_error))
     header = _header(config, checkpoint, len(records), chosen)
     file, unfinished = config.run.dir / EVALUATION_FILE, config.run.dir / f".{EVALUATION_FILE}.unfinished"
     done = _read(unfinished, header)

@@ -31,7 +31,7 @@ from shared.messages import LatentPositions, Question
 from shared.packing import latent_media
 from shared.reading import pack_questions
 from shared.vlm import nearly_square, pooled_image_tokens
-from trainer.data import training_records
+from trainer.data import ErrorPolicy, readable_records, training_records
 from trainer.data.records import Record
 from trainer.evaluation import geometry
 from trainer.evaluation.benchmarks.reading import read_benchmark
@@ -75,7 +75,7 @@ class Session:
     generator: Generator
     features: ImageFeatures
     pool: AnchorPool
-    records: list[Record]
+    records: Sequence[Record]
     track: Track
     _tests_read: dict[str, Outcomes] = field(default_factory=dict, init=False)
 
@@ -121,7 +121,7 @@ class Session:
                 self._tests_read[name] = self.reader.nothing(image_markers=test.keeps_markers)
         return {name: self._tests_read[name] for name in names}
 
-    def latents_of(self, records: list[Record]) -> Tensor:
+    def latents_of(self, records: Sequence[Record]) -> Tensor:
         """(B, K, D) latents as they are read: calibrated, if the config says so."""
         batch_images = self.config.evaluation.batch_images
         return latents_of(self.generator, self.features, records, batch_images, self.calibration())
@@ -136,7 +136,7 @@ class Session:
         return ~np.isin(self.reader.kinds_N, self.config.data.held_out_kinds)
 
     @torch.no_grad()
-    def visual_tokens(self, records: list[Record]) -> Iterator[tuple[Tensor, Tensor]]:
+    def visual_tokens(self, records: Sequence[Record]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batch by batch: visual tokens pooled to K (B, K, D), and as they are (N, D)."""
         for chunk in batched(records, self.config.evaluation.batch_images):
             tokens = self.features.of_records(chunk)
@@ -222,7 +222,8 @@ def geometry_suite(s: Session) -> dict[str, Any]:
 
 def transfer_suite(s: Session) -> dict[str, Any]:
     """By reader of another family: the latents through closed-form projectors fitted on training images."""
-    fit_records = training_records(s.config.data, s.config.train.seed)[:FIT_IMAGES]
+    training = training_records(s.config.data, s.config.train.seed)
+    fit_records = readable_records(training, FIT_IMAGES, ErrorPolicy(s.config.data.on_error))
     fit_sources = {
         "visual_tokens": torch.cat([pooled for pooled, _ in s.visual_tokens(fit_records)]),
         "latents": s.latents_of(fit_records),

@@ -13,7 +13,7 @@ Legend: B images, K latents, D the generator's width, E the reader's width, C = 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,9 @@ class Regions:
 def read_through_projectors(
     config: Config,
     reader: TransferConfig,
-    records: list[Record],
+    records: Sequence[Record],
     latents_BKD: Tensor,
-    fit_records: list[Record],
+    fit_records: Sequence[Record],
     fit_sources: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """Figures of one reader: its own ceiling and floor, and the latents through every projector.

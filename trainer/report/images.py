@@ -74,12 +74,16 @@ def _thumbnail(failure: Failure) -> bytes | None:
         images = [_rgb(path) for path in failure.images]
     except (OSError, ValueError, SyntaxError):
         return None
+    with io.BytesIO() as file:
+        side_by_side(images).save(file, format="PNG")
+        return file.getvalue()
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Images beside each other, enlarged or made smaller to the width of a card."""
     image = Image.new("RGB", (sum(i.width for i in images), max(i.height for i in images)), "white")
     for n, part in enumerate(images):
         image.paste(part, (sum(i.width for i in images[:n]), 0))
     scale = _CARD_PX / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-    with io.BytesIO() as file:
-        image.save(file, format="PNG")
-        return file.getvalue()
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)

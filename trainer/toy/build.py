@@ -31,6 +31,7 @@ from shared.packing import Media
 from shared.reading import pack_questions, score_answers
 from shared.vlm import ImageTokens, VisionLanguageModel, load_vlm
 from trainer.data.clevr import load_clevr
+from trainer.data.fields import FileOptions
 from trainer.data.records import Record
 from trainer.losses import lr_share
 from trainer.toy.dataset import ensure_toy_data
@@ -267,7 +268,10 @@ def _scenes(bar: Progress) -> tuple[list[Record], list[Record]]:
             lambda done, total: bar.update(task, completed=done, total=total),
         )
         records, unseen = (
-            [_in_memory(record) for record in load_clevr(Path(folder) / "data", split, check_images=False)]
+            [
+                _in_memory(record)
+                for record in load_clevr(Path(folder) / "data", split, options=FileOptions(check_images=False))
+            ]
             for split in PRETRAINING_SIZES
         )
     return records, unseen

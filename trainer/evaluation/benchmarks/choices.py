@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.data.records import ImageSource
 from trainer.evaluation.benchmarks.files import Row
-from trainer.evaluation.benchmarks.images import ImageRef
 from trainer.evaluation.benchmarks.records import LETTERS, BenchmarkRecord
 
 
@@ -34,7 +34,7 @@ def split_options(row: Row, text: str, marker: str) -> tuple[str, tuple[str, ...
 def letter_record(
     row: Row,
     record_id: str,
-    images: tuple[ImageRef, ...],
+    images: tuple[ImageSource, ...],
     question: str,
     choices: tuple[str, ...],
     answer: str | None = None,
@@ -52,7 +52,7 @@ def letter_record(
 
 
 def yes_no_record(
-    row: Row, record_id: str, image: ImageRef, question: str, answer: str, group: str = "", category: str = ""
+    row: Row, record_id: str, image: ImageSource, question: str, answer: str, group: str = "", category: str = ""
 ) -> BenchmarkRecord:
     """A record answered by yes or no, in whatever case the file has them."""
     if answer.lower() not in ("yes", "no"):

@@ -17,7 +17,8 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from shared.errors import DataError
-from trainer.evaluation.benchmarks.images import CountedLines, FileImage, ImageRef, ParquetImage, TsvImage
+from trainer.data.images import CountedLines, ParquetImage, TsvImage
+from trainer.data.records import ImageFile, ImageSource
 
 MAX_JSON_BYTES = 512 * 2**20
 MAX_LINE_BYTES = 2**20
@@ -63,14 +64,14 @@ def find_files(folder: Path, *patterns: str) -> list[Path]:
     raise DataError(f"{folder}: no {' or '.join(patterns)}; give the folder that holds the published files")
 
 
-def image_file(folder: Path, relative: str, where: str) -> FileImage:
+def image_file(folder: Path, relative: str, where: str) -> ImageFile:
     """An image below the folder. Raises DataError if it is missing or the path leads out of the folder."""
     path = folder / relative
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{where}: image {relative!r} leads out of {folder}; correct the record")
     if not path.is_file():
         raise DataError(f"{path}: image is missing ({where}); restore the file")
-    return FileImage(path)
+    return ImageFile(path)
 
 
 def read_rows(file: Path, image: str = "image", *more_images: str) -> Iterator[Row]:
@@ -92,7 +93,7 @@ def published(*patterns: str, images: tuple[str, ...] = ("image",)) -> Callable[
     return rows
 
 
-def image_of(row: Row, key: str, folder: Path) -> ImageRef:
+def image_of(row: Row, key: str, folder: Path) -> ImageSource:
     """The image that a row holds, or the file below `folder` that it names. Raises DataError if there is neither."""
     value = row.fields.get(key)
     if isinstance(value, ParquetImage | TsvImage):
@@ -101,7 +102,7 @@ def image_of(row: Row, key: str, folder: Path) -> ImageRef:
 
 
 def read_parquet(file: Path, images: Sequence[str]) -> Iterator[Row]:
-    """Rows of a parquet file. The columns in `images` become an ImageRef, or None where the cell is empty."""
+    """Rows of a parquet file. The columns in `images` become an ImageSource, or None where the cell is empty."""
     try:
         content = parquet.ParquetFile(file)
         _bound_rows(file, content.metadata.num_rows)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from anchor_service.pool import AnchorPool
 from shared.messages import Question, ReadReply, ReadRequest
+from trainer.data.images import load_image
 from trainer.evaluation.benchmarks import likelihood_answer, load_benchmark, score
 from trainer.evaluation.benchmarks.records import BenchmarkRecord
 from trainer.evaluation.reading import batched, latents_of_images
@@ -40,7 +41,7 @@ def read_benchmark(
         anchor: {"latents": {}, "ceiling": {}} for anchor in pool.names
     }
     for chunk in batched(usable, batch_images):
-        rows = [[image.load() for image in record.images] for record in chunk]
+        rows = [[load_image(image) for image in record.images] for record in chunk]
         questions = [[Question(record.prompt, candidate) for candidate in record.candidates] for record in chunk]
         latents_BKD = latents_of_images(generator, rows, batch_images, calibration)
         request = ReadRequest(pool.new_request_id(), questions, latents_BKD)

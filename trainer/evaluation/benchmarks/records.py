@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from string import ascii_uppercase
 from typing import Any, Literal
 
-from trainer.evaluation.benchmarks.images import ImageRef
+from trainer.data.records import ImageSource
 
 LETTERS = ascii_uppercase
 
@@ -39,7 +39,7 @@ class BenchmarkRecord:
     """
 
     record_id: str
-    images: tuple[ImageRef, ...]
+    images: tuple[ImageSource, ...]
     question: str
     choices: tuple[str, ...]
     answer: str

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.data.clevr import load_clevr
+from trainer.data.gqa import gqa_question
+from trainer.data.records import ImageFile
+from trainer.data.tallyqa import count_question
 from trainer.evaluation.benchmarks.choices import letter_record, yes_no_record
 from trainer.evaluation.benchmarks.files import Row, find_files, image_file, image_of, read_jsonl
-from trainer.evaluation.benchmarks.images import FileImage
 from trainer.evaluation.benchmarks.records import AnswerKind, BenchmarkRecord
 
 _CLEVR_ANSWERS = (
@@ -73,18 +75,16 @@ def gqa(row: Row, folder: Path) -> Iterator[BenchmarkRecord]:
     Source: the authors' eval.py (gqadataset.org): exact match; open questions are those of structural type `query`. Its
     consistency, validity, plausibility and distribution need files or answers that testdev lacks, and are left out.
     """
-    types = row.fields.get("types")
-    if not isinstance(types, dict):
-        raise row.error("no 'types'", "give the published file")
-    structural = str(types.get("structural"))
+    image_id, asked = gqa_question(row.fields, row.where, "structural")
     details = {
-        "answer_type": "open" if structural == "query" else "binary",
-        "structural": structural,
-        "semantic": str(types.get("semantic")),
+        "answer_type": "open" if asked.kind == "query" else "binary",
+        "structural": asked.kind,
+        "semantic": str(row.fields["types"].get("semantic")),
     }
-    image = image_file(folder, f"images/{row.text('imageId')}.jpg", row.where)
-    question, answer = row.text("question"), row.text("answer")
-    yield BenchmarkRecord(row.text("id"), (image,), question, (), answer, "text", category=structural, details=details)
+    images = (image_file(folder, f"images/{image_id}.jpg", row.where),)
+    yield BenchmarkRecord(
+        row.text("id"), images, asked.text, (), asked.answer, "text", category=asked.kind, details=details
+    )
 
 
 def clevr_rows(folder: Path) -> Iterator[Row]:
@@ -104,7 +104,7 @@ def clevr(row: Row, _folder: Path) -> Iterator[BenchmarkRecord]:
     answer = row.text("answer")
     choices = next((answers for answers in _CLEVR_ANSWERS if answer in answers), ())
     kind: AnswerKind = "yes_no" if answer in ("yes", "no") else "integer" if answer.isdecimal() else "text"
-    image, question = FileImage(row.fields["image"]), row.text("question")
+    image, question = ImageFile(row.fields["image"]), row.text("question")
     yield BenchmarkRecord(row.text("id"), (image,), question, choices, answer, kind, category=row.text("kind"))
 
 
@@ -114,9 +114,6 @@ def tally_qa(row: Row, folder: Path) -> Iterator[BenchmarkRecord]:
     question_id, image, question, answer 4, issimple.
     Source: manoja328/TallyQA_dataset, README.
     """
-    category = "simple" if row.fields.get("issimple") else "complex"
-    answer = row.text("answer")
-    if not answer.isdecimal():
-        raise row.error(f"answer {answer!r} is no count", "correct the record")
-    image, question = (image_of(row, "image", folder),), row.text("question")
-    yield BenchmarkRecord(row.text("question_id"), image, question, (), answer, "integer", category=category)
+    image, asked = count_question(row.fields, row.where)
+    images = (image_file(folder, image, row.where),)
+    yield BenchmarkRecord(row.text("question_id"), images, asked.text, (), asked.answer, "integer", category=asked.kind)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DataError
-from trainer.data.clevr import OnError, raise_error
+from trainer.data.records import OnError, raise_error
 from trainer.evaluation.benchmarks import metrics, multiple_choice, short_answers
 from trainer.evaluation.benchmarks.extraction import extract, normalise
 from trainer.evaluation.benchmarks.files import Row, published

@@ -1,0 +1,66 @@
+"""Records with their prompts exactly as generator and anchors see them: decoded from the token ids that they get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from shared.config import Config
+from shared.vlm import Prompt, load_prompt
+from trainer.data import load_records
+from trainer.data.check import examples, visual_tokens
+from trainer.data.records import Record
+
+LATENT_START, LATENT_END = "<|latent_start|>", "<|latent_end|>"
+"""As trainer/generator.py names them, which loads torch and peft."""
+
+
+def show_data(config: Config, split: str, n: int, seed: int, console: Console) -> None:
+    """Print n records of a split, drawn at random, of as many kinds as there are. Raises DataError, ModelError."""
+    prompts = {"generator": load_prompt(config.generator.model)}
+    for anchor in config.all_anchors:
+        model = config.generator.model if anchor.placement == "shared_base" else anchor.model
+        prompts[f"anchor {anchor.name}"] = load_prompt(model)
+    for record in examples(load_records(config.data, split), n, seed):
+        console.rule(record.record_id)
+        pictures = record.load_images()
+        sizes = [picture.size for picture in pictures]
+        for source, size in zip(record.images, sizes, strict=True):
+            console.print(f"{source}  {size[0]}×{size[1]}", highlight=False, soft_wrap=True)
+        tokens = visual_tokens(config.generator.model, set(sizes))
+        seen = generator_prompt(prompts["generator"], [tokens[size] for size in sizes], config.generator.latents)
+        _print(console, "generator", seen)
+        for name, prompt in list(prompts.items())[1:]:
+            for number, question in enumerate(record.questions):
+                label = f"{name}, {question.kind}"
+                _print(console, label, anchor_prompt(prompt, record, number, config.generator.latents))
+
+
+def generator_prompt(prompt: Prompt, tokens: Sequence[int], latents: int) -> Text:
+    """What the generator reads: its prompt with all images, then the latent tokens."""
+    text = Text(_decoded(prompt, prompt.prefix_ids))
+    for i, n in enumerate(tokens):
+        text.append(_decoded(prompt, prompt.between_images_ids) if i else "")
+        text.append(f"[{n} image tokens]", style="cyan")
+    text.append(_decoded(prompt, prompt.after_image_ids) + LATENT_START)
+    text.append(f"[{latents} latents]", style="magenta")
+    return text.append(LATENT_END)
+
+
+def anchor_prompt(prompt: Prompt, record: Record, question: int, latents: int) -> Text:
+    """What an anchor reads of one question; the answer and the end of turn, whose likelihood counts, in green."""
+    ((branch,),) = prompt.branches([[record.questions[question].message]])
+    text = Text(_decoded(prompt, prompt.prefix_ids))
+    text.append(f"[{latents} latents]", style="magenta")
+    text.append(_decoded(prompt, branch.token_ids[: branch.answer_start]))
+    return text.append(_decoded(prompt, branch.token_ids[branch.answer_start :]), style="bold green")
+
+
+def _decoded(prompt: Prompt, ids: Sequence[int]) -> str:
+    return str(prompt.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _print(console: Console, label: str, text: Text) -> None:
+    console.print(Text.assemble((f"{label}: ", "bold"), text), highlight=False, soft_wrap=True)
