@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from shared.cli import ConfigOption, SetOption, friendly_errors
 
@@ -390,6 +391,51 @@ def data_check(
     found = check_data(resolved, images, to / "images.jsonl")
     print_check(found, console)
     console.print(f"page: {write_page(found, to)}", highlight=False, soft_wrap=True)
+
+
+@data_app.command("livr")
+@friendly_errors
+def data_livr(
+    task: Annotated[
+        str, typer.Option(help="counting, jigsaw, object_localization, visual_correspondence, art_style, …")
+    ],
+    raw: Annotated[Path, typer.Option(help="Folder of the raw data set, as it is published.")],
+    to: Annotated[Path, typer.Option(help="Folder to write train.jsonl, val.jsonl and images/ to.")],
+    train: Annotated[int, typer.Option(min=1, help="Training records; the paper takes 1,000.")] = 1000,
+    val: Annotated[int, typer.Option(min=1, help="Validation records.")] = 250,
+    exclude: Annotated[
+        Path | None, typer.Option(help="Folder of a test set's images; whatever looks like one of them is left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of images and options.")] = 0,
+) -> None:
+    """Build the data of one of LIVR's nine tasks from COCO, PixMo-Count, HPatches, ArtBench-10, SPair-71k, FunKPoint,
+    Multi-Illumination or NIGHTS. No raw image is in two splits; options are shuffled.
+
+    Example: python -m trainer data livr --task jigsaw --raw data/coco --to data/jigsaw --exclude data/blink-images
+    """
+    from trainer.data.livr_tasks import build_task
+    from trainer.data.livr_tasks.perceptual_hash import seen_images
+
+    console = Console()
+    test_set = seen_images(exclude)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task(task, total=train + val)
+        report = build_task(
+            task,
+            raw,
+            to,
+            {"train": train, "val": val},
+            test_set,
+            seed,
+            lambda done, _: bar.update(shown, completed=done),
+        )
+    written = ", ".join(f"{split} {n}" for split, n in report.written.items())
+    console.print(
+        f"{task}: {written} records in {to}; left out: {report.in_test_set} like one of the test set's {len(test_set)} "
+        f"images, {report.in_other_split} with an image of another split",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @data_app.command("show")

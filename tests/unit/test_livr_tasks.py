@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
+from typer.testing import CliRunner
 
 from shared.errors import ConfigError, DataError
+from trainer.cli import app
 from trainer.data.livr_tasks import TASKS, build_task
 from trainer.data.livr_tasks.coco_tasks import jigsaw, jittered, object_localization
 from trainer.data.livr_tasks.correspondence import visual_correspondence
@@ -321,3 +323,15 @@ def test_damage_is_named(tmp_path: Path, task: str, damage: str, expected: str) 
 def test_an_unknown_task_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="task 'puzzle' is not known; use one of counting, jigsaw"):
         build_task("puzzle", tmp_path, tmp_path, {}, SeenImages())
+
+
+def test_the_command_line_leaves_the_test_set_out(tmp_path: Path) -> None:
+    coco(tmp_path / "raw")
+    for i in (3, 7):
+        save(tmp_path / "blink" / f"{i}.png", picture(i))
+    arguments = ["--task", "jigsaw", "--raw", str(tmp_path / "raw"), "--to", str(tmp_path / "to"), "--train", "8"]
+    done = CliRunner().invoke(app, ["data", "livr", *arguments, "--val", "2", "--exclude", str(tmp_path / "blink")])
+    assert done.exit_code == 0, done.output
+    assert "val 2, train 8 records" in done.output
+    assert "left out: 2 like one of the test set's 2 images" in done.output
+    assert len((tmp_path / "to" / "train.jsonl").read_text().splitlines()) == 8

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy.fft import dctn
+
+from trainer.data.livr_tasks.raw import files, read_image
 
 _SIDE, _KEPT = 32, 8
 SAME_BITS = 6
@@ -19,6 +22,13 @@ def perceptual_hash(image: Image.Image) -> np.uint64:
     low = dctn(grey, norm="ortho")[:_KEPT, :_KEPT].ravel()
     bits = low > np.median(low[1:])  # the mean brightness, low[0], would shift the median
     return np.packbits(bits).view(">u8")[0].astype(np.uint64)
+
+
+def seen_images(folder: Path | None) -> SeenImages:
+    """Every image below a folder; none without a folder. Raises DataError if one cannot be read, or there is none."""
+    if folder is None:
+        return SeenImages()
+    return SeenImages(read_image(file) for file in files(folder, ".png", ".jpg", ".jpeg", ".ppm", ".webp"))
 
 
 class SeenImages:
