@@ -133,8 +133,8 @@ def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None
     if not records:
         raise DataError(f"{config.path}: data.held_out_kinds leaves no training question; hold out fewer kinds")
     if config.pairing == "shuffled":
-        return records.with_questions_of(derangement(len(records), seed))
-    return records
+        records = records.with_questions_of(derangement(len(records), seed))
+    return records.kept()
 
 
 def readable_records(records: Sequence[Record], n: int, on_error: OnError) -> list[Record]:

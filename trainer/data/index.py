@@ -144,6 +144,13 @@ class Records(Sequence[Record]):
         """Only the questions with these answers; records left with none are dropped."""
         return self._without(~np.isin(self._index.answer_Q, _numbers(self._index.answers, answers)))
 
+    def kept(self) -> Records:
+        """Itself, its records built now if they are few enough to stay in memory, so that no step parses any."""
+        if len(self) <= _KEPT_RECORDS:
+            for _ in self:
+                pass
+        return self
+
     @property
     def index_bytes(self) -> int:
         """Memory of this view and of the arrays that all views share; places in files come on top."""
