@@ -8,8 +8,8 @@ from shared.config import parse_config
 from tests.integration.test_suites import QUIET, config_of, write_pope
 from trainer.data import load_records
 from trainer.evaluation.run import evaluate_run
-from trainer.evaluation.suites import SUITES
 from trainer.loop import train_run
+from trainer.methods import chosen_suites
 from trainer.report.write import write_report
 
 
@@ -21,7 +21,7 @@ def test_a_run_with_every_suite_lacks_nothing(toy_folder: Path, tmp_path: Path) 
     records = load_records(config.data, config.data.test_split)
     write_pope(tmp_path / "pope", [Path(str(record.images[0])) for record in records])
     train_run(config, resume=False)
-    evaluate_run(config, QUIET, tuple(SUITES))
+    evaluate_run(config, QUIET, chosen_suites(config, "all"))
 
     html = write_report([tmp_path / "run"], "mean").read_text()
     assert "<h2>Not in this report</h2>" not in html
