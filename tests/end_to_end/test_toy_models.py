@@ -40,7 +40,7 @@ def test_e_sees_several_images_at_once() -> None:
     model = load_vlm(str(MODELS / "E")).freeze()
     records = perception_records(150, OTHER_SEED)
     with_images, without_images = accuracy(model, records), accuracy(model, records, with_image=False)
-    assert with_images["all"] >= 0.8, with_images
+    assert with_images["all"] >= 0.75, with_images
     assert without_images["all"] <= 0.3, without_images
 
 
