@@ -155,11 +155,29 @@ def sweep(
 
     Example: python -m trainer sweep --config deploy/configs/livr/toy.yaml --grid method=livr,sft --grid K=4,9 --seeds 3
     """
-    from trainer.sweep import SweepOptions, run_sweep
+    from trainer.sweep.run import SweepOptions, run_sweep
 
     console = Console()
     options = SweepOptions(Path(config), set_ or [], grid or [], seeds, to, cpus_per_trial)
     run_sweep(options, console)
+
+
+@app.command()
+@friendly_errors
+def summarise(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of one config with different seeds.")],
+    to: Annotated[Path | None, typer.Option(help="JSON file to write, with every run's figures, too.")] = None,
+) -> None:
+    """Mean over seeds with a 95 % interval (Student's) of the headline figures of evaluated runs.
+
+    The runs must be of one config but for train.seed and run.dir; what differs is named. Figures come from the suites
+    that RUN/evaluation.json holds.
+
+    Example: python -m trainer summarise runs/seed0 runs/seed1 runs/seed2 --to runs/summary.json
+    """
+    from trainer.sweep.summary import summarise_runs
+
+    summarise_runs(runs, Console(), to)
 
 
 @app.command()

@@ -123,15 +123,25 @@ def test_headline_of_both_kinds_of_evaluation() -> None:
     def value(v: float | None) -> dict[str, float | None]:
         return {"value": v, "low": v, "high": v, "n": 3}
 
+    conditions = {"ceiling": value(1.0), "latents": value(0.8), "swapped": value(0.3), "floor": value(0.2)}
     anchors = {
-        "A": {"recovered_share": value(0.9), "latents": value(0.8)},
-        "B": {"recovered_share": value(None), "latents": value(0.1)},
+        "A": {"recovered_share": value(0.75), **conditions, "held_out_kinds": {"recovered_share": value(0.5)}},
+        "B": {"recovered_share": value(None), **conditions, "latents": value(0.1)},
     }
-    assert headline({"anchors": anchors}) == {
-        "A: recovered share": 0.9,
+    figures = headline({"anchors": anchors})
+    assert figures == {
+        "A: recovered share": 0.75,
         "A: accuracy from latents": 0.8,
         "B: accuracy from latents": 0.1,
+        "A: accuracy, ceiling": 1.0,
+        "A: accuracy, swapped": 0.3,
+        "A: accuracy, floor": 0.2,
+        "A: recovered share, held-out kinds": 0.5,
+        "B: accuracy, ceiling": 1.0,
+        "B: accuracy, swapped": 0.3,
+        "B: accuracy, floor": 0.2,
     }
+    assert list(figures)[:2] == ["A: recovered share", "A: accuracy from latents"]  # what a sweep prints
     usage = {
         "conditions": {"normal": {"accuracy": value(0.7)}, "latents_removed": {"accuracy": value(0.4)}},
         "attention_to_latents": value(0.2),

@@ -159,6 +159,7 @@ class Evaluation(Part):
     split: str
     images: int
     seed: int
+    norm_calibration: dict[str, Any] | None = None
     anchors: dict[str, AnchorReading] = {}
     causal: dict[str, Causal] = {}
     controls: dict[str, dict[str, Figures]] = {}

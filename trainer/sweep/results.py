@@ -66,7 +66,7 @@ def write_results(outcomes: Sequence[Outcome], axes: Sequence[Axis], to: Path, c
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
     _print(rows, names, axes, outcomes, console)
     to.mkdir(parents=True, exist_ok=True)
-    _write(to / "results.json", json.dumps(_as_json(rows, outcomes), indent=2) + "\n")
+    write_text(to / "results.json", json.dumps(_as_json(rows, outcomes), indent=2) + "\n")
     with (to / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*(axis.name for axis in axes), "seed", "run", *names, "error"])
@@ -110,7 +110,7 @@ def _print(
     for column in (*names[:_SHOWN_FIGURES], "seeds"):
         table.add_column(column, justify="right")
     for row in rows:
-        cells = [_cell(row.figures.get(name)) for name in names[:_SHOWN_FIGURES]]
+        cells = [cell(row.figures.get(name), "\n") for name in names[:_SHOWN_FIGURES]]
         seeds = f"{row.seeds}" + (f", {len(row.failed)} failed" if row.failed else "")
         table.add_row(*map(str, row.point.values()), *cells, seeds)
     console.print(table)
@@ -119,10 +119,11 @@ def _print(
             console.print(f"failed: {outcome.folder}: …{outcome.error}", style="red", highlight=False, markup=False)
 
 
-def _cell(figure: Figure | None) -> str:
+def cell(figure: Figure | None, between: str = " ") -> str:
+    """A figure with its interval as a table shows it."""
     if figure is None:
         return "–"
-    return f"{figure.value:.3f}" + (f"\n[{figure.low:.3f}, {figure.high:.3f}]" if figure.n > 1 else "")
+    return f"{figure.value:.3f}" + (f"{between}[{figure.low:.3f}, {figure.high:.3f}]" if figure.n > 1 else "")
 
 
 def _as_json(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -149,7 +150,8 @@ def _as_json(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> dict[str, Any]
     }
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     partial = file.with_name(f"{file.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
