@@ -119,6 +119,48 @@ class FeatureCacheConfig(Section):
     max_gib: float = Field(gt=0, allow_inf_nan=False, description="Beyond it, what was used longest ago is dropped.")
 
 
+class CurriculumConfig(Section):
+    """From simple questions to complex ones, level by level; trainer/data/curriculum.py has the formula."""
+
+    schedule: Literal["none", "linear", "cosine", "steps"] = Field("none", description="How later levels come in.")
+    steps: int = Field(300, ge=1, description="From this training step on everything is asked.")
+    order: tuple[tuple[str, ...], ...] = Field(
+        (
+            ("attribute", "query", "position", "choose", "verify", "simple"),
+            ("exist",),
+            ("count", "count_simple"),
+            ("count_complex", "compare", "compare_integer", "compare_attribute"),
+            ("relate", "logical", "complex"),
+        ),
+        min_length=1,
+        description="Kinds of questions by level, simplest first; kinds that it does not name are on the last.",
+    )
+    difficulty: Path | None = Field(
+        None,
+        description="Labels of `trainer difficulty` instead of `order`: five levels by the share of wrong answers.",
+    )
+
+    @model_validator(mode="after")
+    def _each_kind_once(self) -> CurriculumConfig:
+        kinds = [kind for level in self.order for kind in level]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ValueError(f"order: kind {kind!r} stands there twice; put every kind on one level")
+        return self
+
+
+class OtherSource(Section):
+    """A further source of a mixture; the fields are those of `data`."""
+
+    source: str
+    path: Path
+    options: dict[str, Any] = {}
+    train_split: str = "train"
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="How many of its images are drawn for each one of the main source."
+    )
+
+
 class DataConfig(Section):
     """What is looked at and asked about."""
 
@@ -128,8 +170,18 @@ class DataConfig(Section):
     train_split: str = "train"
     val_split: str = "val"
     test_split: str = "test"
-    questions_per_image: int = Field(3, ge=1, le=64, description="K_q, drawn without replacement at every step.")
+    questions_per_image: int = Field(
+        3, ge=1, le=64, description="K_q, drawn without replacement at every step, one of each kind first."
+    )
+    curriculum: CurriculumConfig = CurriculumConfig()
+    others: tuple[OtherSource, ...] = Field((), description="Further training sources; this one has weight 1.")
     held_out_kinds: tuple[str, ...] = Field((), description="Question kinds never trained on.")
+    hold_out_question: bool = Field(
+        False, description="Keep one question of every image from training: the split TRAIN_SPLIT:held_out_questions."
+    )
+    drop_shared_images: bool = Field(
+        False, description="Drop training images that are, byte for byte, in the validation or test split."
+    )
     on_error: Literal["fail", "skip"] = "fail"
     pairing: Literal["matched", "shuffled"] = Field(
         "matched", description="shuffled: the control in which no image keeps its own questions."

@@ -25,7 +25,8 @@ from shared.errors import ConfigError, DataError, NonFiniteError, NonFiniteReply
 from shared.vlm import load_prompt
 from trainer.bridge import AnchorDroppedError
 from trainer.checkpoint import CheckpointStore, load_trainer_state
-from trainer.data import ErrorPolicy, load_records, readable_records, training_records
+from trainer.data import ErrorPolicy, load_records, other_parts, readable_records, training_records
+from trainer.data.curriculum import Curriculum
 from trainer.data.records import KindQuestion, Record
 from trainer.data.sampling import Batch, Sampler
 from trainer.generator import Generator
@@ -100,6 +101,7 @@ class Trainer:
         return {
             **metrics,
             **self.features.metrics([part.images for part in parts]),
+            **self._sampler.metrics(step, [part.batch for part in parts]),
             "grad_norm": float(grad_norm),
             "lr_lora": self.optimizer.param_groups[0]["lr"],
             "lr_tokens": self.optimizer.param_groups[1]["lr"],
@@ -244,7 +246,14 @@ def train_run(config: Config, resume: bool) -> bool:
     prompt = load_prompt(config.generator.model)
     records = training_records(config.data, config.train.seed, prompt)
     held_out = load_records(config.data, config.data.val_split, prompt).without_kinds(config.data.held_out_kinds)
-    sampler = Sampler(records, config.train.batch_images, config.data.questions_per_image, config.train.seed)
+    sampler = Sampler(
+        records,
+        config.train.batch_images,
+        config.data.questions_per_image,
+        config.train.seed,
+        Curriculum(config.data.curriculum),
+        other_parts(config.data, config.train.seed, prompt),
+    )
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
 

@@ -229,6 +229,18 @@ def test_training_curves_are_means_over_equal_stretches():
     assert charts._binned(metrics, "absent") == {}
 
 
+def test_a_curriculum_has_charts_of_its_own(run):
+    (results,) = load_results([run])
+    metrics = [
+        {"step": i, "loss": 1.0, "weight/exist": 1.0, "weight/relate": i / 10, "share/exist": 1 - i / 20}
+        for i in range(11)
+    ]
+    pictures = {p.name: p for p in charts.training_curves(replace(results, metrics=metrics))}
+    assert list(pictures) == ["loss", "curriculum-weight", "curriculum-share"]
+    assert "exist from 1 at 0 to 1 at 10; relate from 0 at 0 to 1 at 10" in pictures["curriculum-weight"].alt
+    assert "exist from 1 at 0 to 0.5 at 10" in pictures["curriculum-share"].alt
+
+
 def test_the_truncation_curve_goes_from_the_floor_to_all_latents(run):
     (results,) = load_results([run])
     (picture,) = charts.truncation_curve(results)

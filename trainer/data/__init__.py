@@ -9,10 +9,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from shared.config import DataConfig, Section, parse_section
+from shared.config import DataConfig, OtherSource, Section, parse_section
 from shared.errors import ConfigError, DataError
 from shared.messages import Question
 from shared.vlm import Prompt
@@ -22,7 +23,7 @@ from trainer.data.gqa import GqaOptions, load_gqa
 from trainer.data.index import Records
 from trainer.data.jsonl import load_jsonl
 from trainer.data.records import OnError, Record
-from trainer.data.sampling import derangement
+from trainer.data.sampling import Part, derangement, image_digests
 from trainer.data.tables import DatasetOptions, TableOptions, load_dataset, load_parquet
 from trainer.data.tallyqa import load_tallyqa
 from trainer.data.webdataset import load_webdataset
@@ -32,6 +33,7 @@ from trainer.toy.tasks.dataset import EVALUATION_SIZES, ensure_tasks
 
 log = logging.getLogger(__name__)
 
+HELD_OUT_QUESTIONS = ":held_out_questions"
 _SKIPPED_SHOWN = 3
 
 
@@ -98,9 +100,10 @@ SOURCES: dict[str, Source] = {
 
 def prepare_data(config: DataConfig, console: Console) -> None:
     """Check source and options, and make what the source makes itself. Raises ConfigError, DataError."""
-    source, _ = checked_source(config)
-    if source.prepare is not None:
-        source.prepare(config.path, console)
+    for one in (config, *(other_config(config, other) for other in config.others)):
+        source, _ = checked_source(one)
+        if source.prepare is not None:
+            source.prepare(one.path, console)
 
 
 def checked_source(config: DataConfig) -> tuple[Source, Section]:
@@ -114,11 +117,17 @@ def checked_source(config: DataConfig) -> tuple[Source, Section]:
 def load_records(config: DataConfig, split: str, prompt: Prompt | None = None) -> Records:
     """All records of a split, with damaged ones handled as `data.on_error` says. Raises DataError, ConfigError.
 
+    split: `NAME:held_out_questions` is the one question of every image of NAME that data.hold_out_question keeps back.
     prompt: whose tokenizer every answer must have tokens in, if one is given.
     """
     source, options = checked_source(config)
     policy = ErrorPolicy(config.on_error)
-    records = source.load(config.path, split, policy, options)
+    name = split.removesuffix(HELD_OUT_QUESTIONS)
+    if name != split and not config.hold_out_question:
+        raise ConfigError(f"data: split {split} was not kept from training; set data.hold_out_question: true")
+    records = source.load(config.path, name, policy, options)
+    if name != split:
+        records = records.with_held_out_questions()
     if prompt is not None:
         records = with_tokens(records, prompt, policy)
     if policy.count:
@@ -127,14 +136,40 @@ def load_records(config: DataConfig, split: str, prompt: Prompt | None = None) -
 
 
 def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None) -> Records:
-    """The training split as the config wants it: first n images, held-out kinds removed, pairs kept or shuffled."""
+    """The training split as the config wants it: what is held out removed, first n images, pairs kept or shuffled."""
     records = load_records(config, config.train_split, prompt)
+    if config.hold_out_question:
+        records = records.without_held_out_questions()
+    if config.drop_shared_images:
+        others = {config.val_split, config.test_split} - {config.train_split, config.train_split + HELD_OUT_QUESTIONS}
+        records = without_images_of(records, [load_records(config, split) for split in sorted(others)])
     records = records.without_kinds(config.held_out_kinds)[: config.max_images]
     if not records:
-        raise DataError(f"{config.path}: data.held_out_kinds leaves no training question; hold out fewer kinds")
+        raise DataError(
+            f"{config.path}: data.held_out_kinds and what else is held out leave no training question; hold out less"
+        )
     if config.pairing == "shuffled":
-        records = records.with_questions_of(derangement(len(records), seed))
+        records = records.with_questions_of(derangement(len(records), seed, image_digests(records)))
     return records.kept()
+
+
+def other_config(config: DataConfig, other: OtherSource) -> DataConfig:
+    """The config of a further source of a mixture: what it does not set is as in the main one."""
+    return config.model_copy(update={**other.model_dump(exclude={"weight"}), "others": ()})
+
+
+def other_parts(config: DataConfig, seed: int, prompt: Prompt | None = None) -> list[Part]:
+    """The training records of a mixture's further sources."""
+    return [Part(training_records(other_config(config, other), seed, prompt), other.weight) for other in config.others]
+
+
+def without_images_of(records: Records, others: Sequence[Sequence[Record]]) -> Records:
+    """Records none of whose images, byte for byte, is one of the others'."""
+    taken = {digest for other in others for digests in image_digests(other) for digest in digests}
+    kept = [taken.isdisjoint(digests) for digests in image_digests(records)]
+    if not all(kept):
+        log.warning("%d training records dropped: their images are also held out", len(kept) - sum(kept))
+    return records.take(np.flatnonzero(kept))
 
 
 def readable_records(records: Sequence[Record], n: int, on_error: OnError) -> list[Record]:

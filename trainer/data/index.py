@@ -23,6 +23,8 @@ Build = Callable[[int, np.ndarray], Record]
 
 _KEPT_RECORDS = 4096
 """Last built, so that a small data set is parsed once and not in every epoch."""
+_HELD_OUT_SEED = 6
+"""Not the run's: runs of all seeds are tested on the same questions."""
 
 
 class Texts:
@@ -151,6 +153,14 @@ class Records(Sequence[Record]):
                 pass
         return self
 
+    def with_held_out_questions(self) -> Records:
+        """Only the question of every record that is held out; records of a single question have none."""
+        return self._without(~self._held_out())
+
+    def without_held_out_questions(self) -> Records:
+        """All but the question of every record that is held out."""
+        return self._without(self._held_out())
+
     @property
     def index_bytes(self) -> int:
         """Memory of this view and of the arrays that all views share; places in files come on top."""
@@ -165,6 +175,15 @@ class Records(Sequence[Record]):
         """How many questions have each answer, of one kind or of all."""
         of_kind = None if kind is None else self._index.kind_Q == self._index.kinds.index(kind)
         return self._count(self._index.answers, self._index.answer_Q, of_kind)
+
+    def _held_out(self) -> np.ndarray:
+        """One question at random of every record with two or more; all views of a file agree on it."""
+        starts = self._index.starts
+        counts_N = np.diff(starts)
+        drawn_N = np.floor(np.random.default_rng(_HELD_OUT_SEED).random(len(counts_N)) * counts_N).astype(np.int64)
+        held_Q = np.zeros(int(starts[-1]), dtype=bool)
+        held_Q[(starts[:-1] + drawn_N)[counts_N >= 2]] = True
+        return held_Q
 
     def _without(self, dropped_Q: np.ndarray) -> Records:
         kept_Q = self._kept_Q & ~dropped_Q

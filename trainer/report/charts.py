@@ -151,6 +151,14 @@ def training_curves(run: RunResults) -> list[Picture]:
         pictures.append(
             _curve_picture("nll", caption, readings, "step", "nats per token", mark_x=best, marks_only=checks)
         )
+    for prefix, says in (
+        ("weight", "Probability with which the curriculum lets a question through"),
+        ("share", "Share of the questions asked"),
+    ):
+        found = {name.removeprefix(f"{prefix}/"): c for name, c in curve_of.items() if name.startswith(f"{prefix}/")}
+        if found:
+            caption = f"{says}, by group of questions.{means}"
+            pictures.append(_curve_picture(f"curriculum-{prefix}", caption, found, "step", prefix, y_span=(0, 1.02)))
     return pictures
 
 
