@@ -34,7 +34,7 @@ STEPS = 300
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run reached, as means over all anchors: recovered share, accuracy by kind; how many questions it took."""
+    """What one run reached, as means over all anchors, and on how many questions. n: questions of an evaluation."""
 
     recovered_share: float
     accuracy: dict[str, float]

@@ -102,7 +102,8 @@ def test_weights_and_shares_are_logged() -> None:
 def test_measured_difficulty(tmp_path: Path) -> None:
     """Five levels by wrong answers out of eight: 8 right → 0, 5 → 3/8 · 4 = 1.5 → 2, 0 → 4, no label → 4."""
     one = record(0, "relate", "relate", "relate", "relate")
-    rows = [{"record": "r0", "question": q.text, "right": n, "samples": 8} for q, n in zip(one.questions, (8, 5, 0))]
+    right = zip(one.questions[:3], (8, 5, 0), strict=True)
+    rows = [{"record": "r0", "question": question.text, "right": n, "samples": 8} for question, n in right]
     header = {"format": 1, "settings": {}, "about": {}, "complete": True}
     (tmp_path / "labels.json").write_text(json.dumps(header))
     (tmp_path / "part-000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -113,4 +114,7 @@ def test_measured_difficulty(tmp_path: Path) -> None:
     assert opened[50] == opened[99] == [True, True, False, False]
     assert opened[100] == [True] * 4
     logged = measured.metrics(50, [one], [one.questions[:2]])
-    assert logged == {"share/level 0": 0.5, "share/level 2": 0.5, "weight/level 0": 1, "weight/level 2": 1}
+    assert logged == {
+        **{"share/level 0": 0.5, "share/level 2": 0.5, "share/level 4": 0},
+        **{"weight/level 0": 1, "weight/level 2": 1, "weight/level 4": 0},
+    }

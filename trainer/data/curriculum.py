@@ -26,7 +26,7 @@ _MEASURED_LEVELS = 5
 
 
 def progress(schedule: str, step: int, n_steps: int, n_levels: int) -> float:
-    """How far a schedule is, x: 1 from `n_steps` on; `steps` opens whole levels at equal distances, the last at `n_steps`."""
+    """How far a schedule is, x: 1 from `n_steps` on. `steps` opens whole levels, the last one at `n_steps`."""
     share = min(1.0, step / n_steps)
     if schedule == "none":
         return 1.0
@@ -81,21 +81,21 @@ class Curriculum:
     ) -> dict[str, float]:
         """`weight/GROUP` of the schedule and `share/GROUP` of the questions asked; empty without a curriculum.
 
-        A group is a kind of question, or with measured difficulty a level.
+        A group is a kind of question, or with measured difficulty a level; those that the records have are named.
         """
         if not self.is_on:
             return {}
         levels: dict[str, int] = {}
         counts: Counter[str] = Counter()
         for record, questions in zip(records, asked, strict=True):
-            for question in questions:
-                level = self._place(record, question)
-                group = question.kind if self._config.difficulty is None else f"level {level}"
-                levels[group] = level
-                counts[group] += 1
+            levels |= {self._group(record, question): self._place(record, question) for question in record.questions}
+            counts.update(self._group(record, question) for question in questions)
         weights = self.weights(step)
-        shares = {f"share/{group}": n / counts.total() for group, n in counts.items()}
+        shares = {f"share/{group}": counts[group] / counts.total() for group in levels}
         return shares | {f"weight/{group}": weights[level] for group, level in levels.items()}
+
+    def _group(self, record: Record, question: KindQuestion) -> str:
+        return question.kind if self._config.difficulty is None else f"level {self._place(record, question)}"
 
     def _by_kind(self, record: Record, question: KindQuestion) -> int:
         return self._level_of_kind.get(question.kind, self.n_levels - 1)
