@@ -145,9 +145,7 @@ def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None
         records = without_images_of(records, [load_records(config, split) for split in sorted(others)])
     records = records.without_kinds(config.held_out_kinds)[: config.max_images]
     if not records:
-        raise DataError(
-            f"{config.path}: data.held_out_kinds and what else is held out leave no training question; hold out less"
-        )
+        raise DataError(f"{config.path}: what `data` holds out leaves no training question; hold out fewer kinds")
     if config.pairing == "shuffled":
         records = records.with_questions_of(derangement(len(records), seed, image_digests(records)))
     return records.kept()

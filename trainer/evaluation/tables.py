@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trainer.data import HELD_OUT_QUESTIONS
 from trainer.evaluation.reading import CONDITIONS
 
 
@@ -30,7 +31,10 @@ def print_tables(result: dict[str, Any], sections: Sequence[str], console: Conso
 
 def print_reading(result: dict[str, Any], console: Console) -> None:
     """Headline and per-kind accuracy, for people."""
-    headline = Table(title=f"Exact match on {result['images']} unseen images (95 % interval)")
+    of_training = str(result["split"]).endswith(HELD_OUT_QUESTIONS)
+    images = f"{result['images']} {'training' if of_training else 'unseen'} images"
+    questions = ", questions held out" if of_training else ""
+    headline = Table(title=f"Exact match on {images}{questions} (95 % interval)")
     for column in ("anchor", *CONDITIONS, "recovered share"):
         headline.add_column(column, justify="left" if column == "anchor" else "right")
     for name, figures in result["anchors"].items():
