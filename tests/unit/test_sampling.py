@@ -146,6 +146,10 @@ def test_training_images_that_are_held_out_too_are_dropped(tmp_path: Path) -> No
     clean = list(training_records(config.model_copy(update={"drop_shared_images": True}), 0))
     assert [record.record_id for record in clean] == ["train/train0", "train/train2", "train/train4"]
     assert hashes(clean).isdisjoint(held)
+    write_jsonl(tmp_path / "two", "train", [4, 6])
+    other = {"source": "jsonl", "path": tmp_path / "two"}
+    (part,) = other_parts(DataConfig(source="jsonl", path=tmp_path, drop_shared_images=True, others=[other]), 0)
+    assert [record.record_id for record in part.records] == ["train/train1"], "in the main source's test split"
 
 
 def test_the_toy_splits_share_no_image(tmp_path: Path) -> None:

@@ -141,8 +141,7 @@ def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None
     if config.hold_out_question:
         records = records.without_held_out_questions()
     if config.drop_shared_images:
-        others = {config.val_split, config.test_split} - {config.train_split, config.train_split + HELD_OUT_QUESTIONS}
-        records = without_images_of(records, [load_records(config, split) for split in sorted(others)])
+        records = without_images_of(records, _held_out_splits(config))
     records = records.without_kinds(config.held_out_kinds)[: config.max_images]
     if not records:
         raise DataError(f"{config.path}: what `data` holds out leaves no training question; hold out fewer kinds")
@@ -153,12 +152,25 @@ def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None
 
 def other_config(config: DataConfig, other: OtherSource) -> DataConfig:
     """The config of a further source of a mixture: what it does not set is as in the main one."""
-    return config.model_copy(update={**other.model_dump(exclude={"weight"}), "others": ()})
+    own = {**other.model_dump(exclude={"weight"}), "others": (), "drop_shared_images": False}
+    return config.model_copy(update=own)
 
 
 def other_parts(config: DataConfig, seed: int, prompt: Prompt | None = None) -> list[Part]:
-    """The training records of a mixture's further sources."""
-    return [Part(training_records(other_config(config, other), seed, prompt), other.weight) for other in config.others]
+    """The training records of a mixture's further sources; what the main source holds out stays out of them, too."""
+    parts = []
+    for other in config.others:
+        records = training_records(other_config(config, other), seed, prompt)
+        if config.drop_shared_images:
+            records = without_images_of(records, _held_out_splits(config))
+        parts.append(Part(records, other.weight))
+    return parts
+
+
+def _held_out_splits(config: DataConfig) -> list[Records]:
+    """Validation and test split, if they are not of the training images."""
+    names = {config.val_split, config.test_split} - {config.train_split, config.train_split + HELD_OUT_QUESTIONS}
+    return [load_records(config, name) for name in sorted(names)]
 
 
 def without_images_of(records: Records, others: Sequence[Sequence[Record]]) -> Records:
