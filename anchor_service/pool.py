@@ -67,7 +67,7 @@ class AnchorHandle(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PendingReads:
-    """Reads under way, by anchor: what was asked, and the calls that bring the answers."""
+    """Reads under way, by anchor: what was asked (of latents alone), and the calls that bring the answers."""
 
     requests: dict[str, ReadRequest]
     calls: dict[str, PendingReply]
@@ -157,17 +157,22 @@ class AnchorPool:
         AnchorCallError, DataError.
         """
         replies = self._gather(pending.calls, time.monotonic() + self._config.deadline_s)
-        for name, reply in replies.items():
-            _check_reply(pending.requests[name], reply)
+        for name, request in pending.requests.items():
+            if name in replies:
+                _check_reply(request, replies[name])
         return replies
 
     def read_images(
         self, images: Sequence[Sequence[bytes]], questions: Sequence[Sequence[Question]], names: Sequence[str]
     ) -> dict[str, ReadReply]:
         """The ceiling: the same questions with each record's real images (encoded files)."""
-        deadline = time.monotonic() + self._config.deadline_s
-        pending = {name: self._handles[name].submit_images(images, questions) for name in names}
-        return self._gather(pending, deadline)
+        return self.gather(self.submit_images(images, questions, names))
+
+    def submit_images(
+        self, images: Sequence[Sequence[bytes]], questions: Sequence[Sequence[Question]], names: Sequence[str]
+    ) -> PendingReads:
+        """`read_images` that returns at once; see `submit`."""
+        return PendingReads({}, {name: self._handles[name].submit_images(images, questions) for name in names})
 
     def embed_images(self, name: str, images: Sequence[Sequence[bytes]], grid: tuple[int, int]) -> Tensor:
         """(B, C, D) an anchor's own visual tokens of each record's images, pooled into a grid."""

@@ -19,6 +19,7 @@ from shared.vlm import load_vlm
 from tests.integration.helpers import training_tree
 from trainer.data.clevr import load_clevr
 from trainer.evaluation import run as evaluation_run
+from trainer.evaluation.reading import Reader
 from trainer.evaluation.run import evaluate_run
 from trainer.image_features import ImageFeatures
 from trainer.loop import train_run
@@ -71,6 +72,25 @@ def test_batch_size_and_placement_do_not_change_a_number(clean_ray: None, toy_fo
     assert all(entry["answers"][name] != entry["gold"] for entry in local["gallery"] for name in entry["wrong"])
     assert_near(local, remote)
     assert json.loads((trained / "evaluation.json").read_text()) == json.loads(json.dumps(remote))
+
+
+def test_no_reading_is_paid_twice(toy_folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings: list[bytes] = []
+    read = Reader._read
+
+    def noting(self: Reader, latents_of_batch: Callable[[slice], Any], *args: Any, **kwargs: Any) -> Any:
+        latents_BKD = latents_of_batch(slice(0, 7))
+        readings.append(str(args).encode() if latents_BKD is None else latents_BKD.numpy().tobytes())
+        return read(self, latents_of_batch, *args, **kwargs)
+
+    monkeypatch.setattr(Reader, "_read", noting)
+    result = evaluate_run(config_of(toy_folder, trained), QUIET, ("causal",))
+    n_tests = len(result["causal"]["A"]["tests"])
+    # The latents themselves come on top; images without any are the test `markers_only`, and the other swaps unread.
+    assert len(readings) == len(set(readings)) == n_tests + 1
+    readings.clear()
+    evaluate_run(config_of(toy_folder, trained), QUIET, ("reading", "causal"))
+    assert len(readings) == len(set(readings)) == n_tests + 1 + 3
 
 
 def test_an_interrupted_evaluation_goes_on_and_a_finished_one_starts_anew(

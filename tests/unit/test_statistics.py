@@ -151,13 +151,19 @@ class Replies:
 
     def __init__(self, *replies: ReadReply):
         self.lost: dict[str, str] = {}
-        self._replies = iter(replies)
+        self._replies = list(replies)
+        self.calls: list[str] = []
 
     def new_request_id(self) -> str:
         return "r"
 
-    def read(self, requests: dict[str, ReadRequest]) -> dict[str, ReadReply]:
-        return {"A": next(self._replies)}
+    def submit(self, requests: dict[str, ReadRequest]) -> dict[str, ReadRequest]:
+        self.calls.append("submit")
+        return requests
+
+    def gather(self, pending: dict[str, ReadRequest]) -> dict[str, ReadReply]:
+        self.calls.append("gather")
+        return {"A": self._replies.pop(0)}
 
 
 def one_image(count_end_of_turn: bool) -> tuple[list[Record], Config]:
@@ -187,8 +193,17 @@ def test_several_readings_are_averaged_question_by_question():
     assert mean.first_token_nll_N.tolist() == [2.0, 2.0]
 
 
+def test_one_batch_is_under_way_while_the_replies_to_another_are_taken():
+    (record,), config = one_image(count_end_of_turn=True)
+    config = parse_config(config.model_dump(mode="json") | {"evaluation": {"batch_images": 1}}, "test")
+    pool = Replies(*(ReadReply("r", "A", 0, [[[-n], [-n]]], [[[True], [False]]]) for n in (1.0, 2.0, 3.0)))
+    outcome = Reader(pool, [record] * 3, config).nothing()["A"]
+    assert outcome.nll_N.tolist() == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+    assert pool.calls == ["submit", "submit", "gather", "submit", "gather", "gather"]
+
+
 def test_an_anchor_that_was_dropped_ends_the_evaluation_by_name():
     pool = Replies()
-    pool.read, pool.lost = lambda requests: {}, {"A": "anchor A: its process died"}
+    pool.gather, pool.lost = lambda pending: {}, {"A": "anchor A: its process died"}
     with pytest.raises(AnchorLostError, match="evaluation needs every anchor: anchor A: its process died"):
         Reader(pool, *one_image(count_end_of_turn=True)).nothing()

@@ -23,13 +23,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from anchor_service.pool import AnchorPool
+from anchor_service.pool import AnchorPool, PendingReads
 from shared.config import Config
 from shared.errors import AnchorLostError
 from shared.messages import ReadReply, ReadRequest
 from shared.vlm import ImageTokens
 from trainer.data.records import Record
-from trainer.data.sampling import derangement
+from trainer.evaluation.causal import swap_images
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
 from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
@@ -89,11 +89,11 @@ class Reader:
     def images(self) -> Outcomes:
         """The real images."""
 
-        def read(here: slice) -> dict[str, ReadReply]:
+        def submit(here: slice) -> PendingReads:
             images = [record.image_bytes() for record in self.records[here]]
-            return self._pool.read_images(images, self._questions[here], self._pool.names)
+            return self._pool.submit_images(images, self._questions[here], self._pool.names)
 
-        return self._gather(read)
+        return self._gather(submit)
 
     def _read(
         self,
@@ -101,7 +101,7 @@ class Reader:
         image_markers: bool = True,
         with_answers: bool = False,
     ) -> Outcomes:
-        def read(here: slice) -> dict[str, ReadReply]:
+        def submit(here: slice) -> PendingReads:
             request = ReadRequest(
                 self._pool.new_request_id(),
                 self._questions[here],
@@ -109,15 +109,16 @@ class Reader:
                 image_markers=image_markers,
                 with_answers=with_answers,
             )
-            return self._pool.read(dict.fromkeys(self._pool.names, request))
+            return self._pool.submit(dict.fromkeys(self._pool.names, request))
 
-        return self._gather(read)
+        return self._gather(submit)
 
-    def _gather(self, read: Callable[[slice], dict[str, ReadReply]]) -> Outcomes:
+    def _gather(self, submit: Callable[[slice], PendingReads]) -> Outcomes:
         rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in self._pool.names}
         answers: dict[str, list[str]] = {name: [] for name in rows}
-        for here in _slices(len(self.records), self._batch_images):
-            replies = read(here)
+        # A batch is on its way before the replies to the one before are taken: no remote anchor waits for the trainer.
+        for pending in _one_ahead(map(submit, _slices(len(self.records), self._batch_images))):
+            replies = self._pool.gather(pending)
             for name in rows:
                 if name not in replies:
                     raise AnchorLostError(f"evaluation needs every anchor: {self._pool.lost[name]}")
@@ -187,12 +188,10 @@ def read_bounds(reader: Reader) -> dict[str, Outcomes]:
     return {"ceiling": reader.images(), "floor": reader.nothing()}
 
 
-def read_latents(reader: Reader, latents_BKD: Tensor, seed: int, n_swaps: int = N_SWAPS) -> dict[str, Outcomes]:
-    """The latents of each image, and those of others."""
+def read_swap(reader: Reader, latents_BKD: Tensor, seed: int) -> Outcomes:
+    """For each image the latents of another of the split. Raises DataError for a single image."""
     # At random, not from the neighbour: data sets balance answers in order, so neighbours are not independent.
-    others = [torch.from_numpy(derangement(len(latents_BKD), seed + i)) for i in range(n_swaps)]
-    swapped = mean_outcomes([reader.latents(latents_BKD[other]) for other in others])
-    return {"latents": reader.latents(latents_BKD, with_answers=True), "swapped": swapped}
+    return reader.latents(swap_images(latents_BKD, seed))
 
 
 def mean_outcomes(readings: Sequence[Outcomes]) -> Outcomes:
@@ -252,6 +251,15 @@ def _per_question(reply: ReadReply, count_end_of_turn: bool) -> list[tuple[float
             counted = tokens if count_end_of_turn else tokens[:-1]
             rows.append((float(all(token_matches)), -sum(counted) / len(counted), -tokens[0]))
     return rows
+
+
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each given when the next one has been made."""
+    for held in itertools.islice(items, 1):
+        for item in items:
+            yield held
+            held = item
+        yield held
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:

@@ -40,15 +40,17 @@ from trainer.evaluation.perturbations import mismatched, perturbations
 from trainer.evaluation.pgd import adversarial_latents
 from trainer.evaluation.probe import linear_probes
 from trainer.evaluation.reading import (
+    N_SWAPS,
     Outcome,
     Outcomes,
     Reader,
     batched,
     latents_of,
     latents_of_images,
+    mean_outcomes,
     of_anchor,
     read_bounds,
-    read_latents,
+    read_swap,
     summarise,
 )
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
@@ -89,7 +91,18 @@ class Session:
 
     @cached_property
     def conditions(self) -> dict[str, Outcomes]:
-        return read_bounds(self.reader) | read_latents(self.reader, self.latents_BKD, self.config.train.seed)
+        """All but `swapped`, which the reading suite alone asks for."""
+        return read_bounds(self.reader) | {"latents": self.reader.latents(self.latents_BKD, with_answers=True)}
+
+    @cached_property
+    def first_swap(self) -> Outcomes:
+        """A part of `swapped`, and the test `swap_images`."""
+        return read_swap(self.reader, self.latents_BKD, self.config.train.seed)
+
+    @cached_property
+    def swapped(self) -> Outcomes:
+        seeds = range(self.config.train.seed + 1, self.config.train.seed + N_SWAPS)
+        return mean_outcomes([self.first_swap, *(read_swap(self.reader, self.latents_BKD, seed) for seed in seeds)])
 
     @cached_property
     def pooled_BKD(self) -> Tensor:
@@ -113,13 +126,20 @@ class Session:
         """Outcomes of causal tests; each is read once, whichever suites ask for it."""
         missing = [name for name in names if name not in self._tests_read]
         for name in self.track(missing, what, len(missing)):
-            test = self.causal_tests[name]
-            swapped_BKD = test.swap(self.latents_BKD)
-            if swapped_BKD.shape[1]:
-                self._tests_read[name] = self.reader.latents(swapped_BKD)
-            else:
-                self._tests_read[name] = self.reader.nothing(image_markers=test.keeps_markers)
+            self._tests_read[name] = self._read_test(name)
         return {name: self._tests_read[name] for name in names}
+
+    def _read_test(self, name: str) -> Outcomes:
+        # Two of them are what `reading` reads, too.
+        if name == "swap_images":
+            return self.first_swap
+        if name == "markers_only":
+            return self.conditions["floor"]
+        test = self.causal_tests[name]
+        swapped_BKD = test.swap(self.latents_BKD)
+        if swapped_BKD.shape[1]:
+            return self.reader.latents(swapped_BKD)
+        return self.reader.nothing(image_markers=test.keeps_markers)
 
     def latents_of(self, records: Sequence[Record]) -> Tensor:
         """(B, K, D) latents as they are read: calibrated, if the config says so."""
@@ -146,8 +166,9 @@ class Session:
 def reading_suite(s: Session) -> dict[str, Any]:
     """By anchor: figures under every condition."""
     unseen = {anchor.name for anchor in s.config.evaluation.unseen}
+    conditions = s.conditions | {"swapped": s.swapped}
     return {
-        name: {"seen_in_training": name not in unseen, **summarise(of_anchor(s.conditions, name), s.reader, s.config)}
+        name: {"seen_in_training": name not in unseen, **summarise(of_anchor(conditions, name), s.reader, s.config)}
         for name in s.pool.names
     }
 

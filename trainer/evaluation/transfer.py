@@ -28,7 +28,7 @@ from shared.vlm.families import family_of
 from shared.vlm.model import DTYPES
 from trainer.data.records import Record
 from trainer.evaluation.projector import fit_least_squares, fit_procrustes, share_outside_span
-from trainer.evaluation.reading import Reader, batched, of_anchor, read_bounds, read_latents, summarise
+from trainer.evaluation.reading import Reader, batched, of_anchor, read_bounds, read_swap, summarise
 
 FIT_IMAGES = 512
 _FITS = {"least_squares": fit_least_squares, "procrustes": fit_procrustes}
@@ -94,7 +94,8 @@ def read_through_projectors(
                 projected_BKF = fit(source_ND, target_NF)(latents_BKD.float().cpu())
                 tokens_BCE = regions.scatter(projected_BKF).to(DTYPES[reader.dtype])
                 # One swap: every projector reads the whole split again.
-                outcomes = bounds | read_latents(split, tokens_BCE, config.train.seed, n_swaps=1)
+                swapped = read_swap(split, tokens_BCE, config.train.seed)
+                outcomes = bounds | {"latents": split.latents(tokens_BCE), "swapped": swapped}
                 figures = summarise(of_anchor(outcomes, reader.name), split, config)
                 section[f"{name} on {source}"] = {**figures, "outside_span": outside}
     return section
