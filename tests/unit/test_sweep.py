@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from shared.config import dump_config
 from shared.errors import ConfigError
 from tests.integration.helpers import training_tree
 from trainer.evaluation.headline import headline
@@ -69,6 +70,18 @@ def test_wrong_grids_are_refused_before_anything_starts(
     with pytest.raises(ConfigError, match=expected):
         trials(config_file, [], [parse_axis(grid)], 1, tmp_path)
     assert not (tmp_path / "trials").exists()
+
+
+def test_a_folder_of_other_settings_or_of_two_points_is_refused(config_file: Path, tmp_path: Path) -> None:
+    axes = [parse_axis("K=4")]
+    (trial,) = trials(config_file, [], axes, 1, tmp_path)
+    trial.config.run.dir.mkdir(parents=True)
+    (trial.config.run.dir / "config.yaml").write_text(dump_config(trial.config))
+    assert trials(config_file, [], axes, 1, tmp_path)[0].config == trial.config
+    with pytest.raises(ConfigError, match="K=4-seed0: a run with other settings lies there; choose another --to"):
+        trials(config_file, ["train.steps=7"], axes, 1, tmp_path)
+    with pytest.raises(ConfigError, match="two points would share the folder"):
+        trials(config_file, [], [parse_axis("data.path=a/b,a b")], 1, tmp_path)
 
 
 def outcome(k: int, seed: int, accuracy: float | None, error: str = "") -> Outcome:

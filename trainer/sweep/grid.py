@@ -13,6 +13,7 @@ import yaml
 
 from shared.config import Config, load_config
 from shared.errors import ConfigError
+from trainer.evaluation.run import run_config
 from trainer.methods import with_checked_method
 
 _SHORT = {"K": "generator.latents"}
@@ -77,7 +78,18 @@ def trials(config_file: Path, overrides: Sequence[str], axes: Sequence[Axis], n_
             folder = to / "trials" / f"{_slug(point)}-seed{seed}"
             own = [*overrides, *settings, f"run.dir={folder}", f"train.seed={seed}"]
             found.append(Trial(point, seed, with_checked_method(load_config(config_file, own))))
+    _check_folders(found)
     return found
+
+
+def _check_folders(found: Sequence[Trial]) -> None:
+    """One folder for each trial, and nothing in it from a run of other settings."""
+    folders = [trial.config.run.dir for trial in found]
+    for trial, folder in zip(found, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ConfigError(f"--grid: two points would share the folder {folder}; sweep over them one by one")
+        if (folder / "config.yaml").is_file() and run_config(folder) != trial.config:
+            raise ConfigError(f"{folder}: a run with other settings lies there; choose another --to, or remove it")
 
 
 def _text(value: Any) -> str:
