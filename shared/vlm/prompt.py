@@ -48,8 +48,9 @@ class Prompt:
         if image_token is not None:
             head, _, rest = rest.partition(image_token)
             head, rest = head + family.before_image, family.after_image + rest
-            between_images = _render(tokenizer, chat_template, system_line, 2).split(image_token)[1]
-            between_images = family.after_image + between_images + family.before_image
+            _, _, after_first = _render(tokenizer, chat_template, system_line, 2).partition(image_token)
+            between, _, _ = after_first.partition(image_token)
+            between_images = family.after_image + between + family.before_image
         between, _, rest = rest.partition(_QUESTION_MARK)
         header, found, tail = rest.partition(_ANSWER_MARK)
         if not found:

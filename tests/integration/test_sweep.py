@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,7 +49,10 @@ def test_a_stopped_sweep_goes_on_and_shows_what_failed(toy_folder: Path, tmp_pat
     second = start(config, to, *grid)
     output, _ = second.communicate(timeout=LIMIT_S)
     assert second.returncode == 0, output
-    assert f"4 runs, {len(finished)} of them finished" in output
+    # A run that was being evaluated when the sweep was killed may have come to its end since.
+    told = re.search(r"4 runs, (\d) of them finished", output)
+    assert told is not None, output
+    assert int(told[1]) >= len(finished) >= 1
     assert {file: file.stat().st_mtime_ns for file in finished} == finished, "a finished run was run again"
     results = json.loads((to / "results.json").read_text())
     good, bad = results["points"]

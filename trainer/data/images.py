@@ -26,8 +26,8 @@ from trainer.data.records import MAX_FILE_BYTES, ImageSource
 MAX_FIELD_CHARS = MAX_FILE_BYTES * 4 // 3 + 4
 """Of a tsv, whose longest field is an image in base64."""
 csv.field_size_limit(MAX_FIELD_CHARS)
-ARROW_ERRORS = (pyarrow.ArrowException, OSError, ValueError, OverflowError)
-"""What pyarrow raises on damaged files; ValueError for names that are no UTF-8."""
+ARROW_ERRORS = (pyarrow.ArrowException, OSError, ValueError, OverflowError, IndexError)
+"""What pyarrow raises on damaged files; ValueError for names that are no UTF-8, IndexError for lengths that lie."""
 
 
 def load_image(source: ImageSource) -> Image.Image:
