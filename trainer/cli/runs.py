@@ -140,7 +140,8 @@ def sweep(
     """Train and evaluate every point of a grid with several seeds, as many at a time as the machine or cluster holds.
 
     One table: mean over seeds with a 95 % interval. Failed runs are shown, the others go on. Call it again to go on
-    where it was stopped: finished runs are kept, others resume. Every run folder is one like any other.
+    where it was stopped: finished runs are kept, others resume. Every run folder is one like any other. Exit status 1
+    if a run failed.
 
     Example: python -m trainer sweep --config deploy/configs/livr/toy.yaml --grid method=livr,sft --grid K=4,9 --seeds 3
     """
@@ -148,7 +149,8 @@ def sweep(
 
     console = Console()
     options = SweepOptions(Path(config), set_ or [], grid or [], seeds, to, cpus_per_trial)
-    run_sweep(options, console)
+    if any(outcome.figures is None for outcome in run_sweep(options, console)):
+        raise typer.Exit(1)
 
 
 @app.command()
