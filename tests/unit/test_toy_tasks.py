@@ -1,4 +1,4 @@
-"""The nine toy tasks: answers read off what is drawn, no prior in words, splits, files, pictures."""
+"""The toy tasks: answers read off what is drawn, no prior in words, splits, files, pictures."""
 
 from __future__ import annotations
 
@@ -104,6 +104,20 @@ def by_style(example: Example) -> str:
     return "ab"[index]
 
 
+def shape_by_name(example: Example) -> str:
+    """The shape of the only thing of the colour, in the picture as in its hint, which has it in the middle."""
+    match = re.fullmatch(r"what shape is the (\w+) thing\?", example.question)
+    assert match
+    assert example.hint is not None
+    ((thing,), (shown,)) = (
+        [t for t in p.things if t.color == match[1]] for p in (*example.pictures, example.hint.picture)
+    )
+    assert (shown.x_px, shown.y_px, shown.shape) == (HALF, HALF, thing.shape)
+    assert shown.radius_px == pytest.approx(3 * thing.radius_px)
+    assert example.hint.description.startswith(f"a {thing.name} in the ")
+    return thing.shape
+
+
 def part_of_creature(picture: Picture, label: str) -> str:
     """Head and tail by their shape, the legs by which is nearer to the head."""
     thing = thing_at(picture, label)
@@ -159,6 +173,7 @@ CHECKS = {
     "functional_correspondence": point_by_function,
     "relative_reflectance": by_reflectance,
     "visual_similarity": by_changes,
+    "small_shape": shape_by_name,
 }
 
 
@@ -239,7 +254,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_the_data_set_is_a_function_of_its_seed(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     ensure_tasks(tmp_path / "a", list(TASKS), SIZES, 1, lambda done, total: calls.append((done, total)))
-    assert calls == [(i + 1, 63) for i in range(63)]
+    assert calls == [(i + 1, 70) for i in range(70)]
     ensure_tasks(tmp_path / "b", list(TASKS), SIZES, 1)
     ensure_tasks(tmp_path / "c", list(TASKS), SIZES, 2)
     a, b, c = (contents(tmp_path / name) for name in "abc")
@@ -261,6 +276,7 @@ def test_the_jsonl_reader_reads_it_back(tmp_path: Path) -> None:
         assert Counter(r.questions[0].kind for r in records) == dict.fromkeys(TASKS, size)
         for record, line in zip(records, (tmp_path / f"data/{split}.jsonl").read_text().splitlines(), strict=True):
             assert [q.answer for q in record.questions] == [q["answer"] for q in json.loads(line)["questions"]]
+            assert (record.auxiliary is not None) == (record.questions[0].kind == "small_shape")
             images = record.load_images()
             assert 1 <= len(images) <= 3
             assert {image.size for image in images} == {(IMAGE_PX, IMAGE_PX)}
@@ -279,7 +295,8 @@ def test_the_tokenizer_knows_every_word_of_the_tasks() -> None:
     assert len(tokenizer) <= 128 - 18  # a generator's sixteen latents and their two markers still fit
     for name, task in TASKS.items():
         for example in made(name, 20):
-            assert tokenizer.unk_token_id not in tokenizer(example.question)["input_ids"], example.question
+            words = [example.question] if example.hint is None else [example.question, example.hint.description]
+            assert not any(tokenizer.unk_token_id in tokenizer(text)["input_ids"] for text in words), words
         for answer in task.answers:
             assert len(tokenizer(answer)["input_ids"]) == 1
 
