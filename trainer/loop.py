@@ -195,7 +195,7 @@ class Trainer:
         kept, images = Batch([], []), []
         for record, asked in zip(records, questions, strict=True):
             try:
-                images.append(self.features.open(record))
+                images.append(self.features.open(self.method.seen(record)))
             except DataError as error:
                 self._on_error(error)
                 continue

@@ -50,17 +50,21 @@ class ImageTokens:
         assert sum(per_row) == len(self.tokens), "every image belongs to one row"
         return replace(self, per_row=per_row)
 
-    def twice(self) -> ImageTokens:
-        """Every row's images, and then the same again."""
-        order = [i for row in self.rows for i in (*range(row.start, row.stop), *range(row.start, row.stop))]
+    def picked(self, rows: Sequence[Sequence[int]]) -> ImageTokens:
+        """New rows, each of the images with these numbers, which count over all rows."""
+        order = [i for row in rows for i in row]
         sizes = [len(t) for t in self.tokens]
         layers = [layer.split(sizes) for layer in self.deepstack]
         return ImageTokens(
             [self.tokens[i] for i in order],
             [self.grids[i] for i in order],
             [torch.cat([layer[i] for i in order]) for layer in layers],
-            [2 * (row.stop - row.start) for row in self.rows],
+            [len(row) for row in rows],
         )
+
+    def twice(self) -> ImageTokens:
+        """Every row's images, and then the same again."""
+        return self.picked([2 * list(range(row.start, row.stop)) for row in self.rows])
 
     @property
     def rows(self) -> list[slice]:

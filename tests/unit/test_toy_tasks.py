@@ -113,8 +113,8 @@ def shape_by_name(example: Example) -> str:
         [t for t in p.things if t.color == match[1]] for p in (*example.pictures, example.hint.picture)
     )
     assert (shown.x_px, shown.y_px, shown.shape) == (HALF, HALF, thing.shape)
-    assert shown.radius_px == pytest.approx(3 * thing.radius_px)
-    assert example.hint.description.startswith(f"a {thing.name} in the ")
+    assert shown.radius_px == pytest.approx(2.2 * thing.radius_px)
+    assert example.hint.description == f"a {thing.name}"
     return thing.shape
 
 

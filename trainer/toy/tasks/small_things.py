@@ -6,21 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from trainer.toy.questions import cell_name
 from trainer.toy.tasks.example import Example, Hint
 from trainer.toy.tasks.pictures import Picture, Thing, new_picture, sample_thing
-from trainer.toy.world import CELL_PX, COLORS, IMAGE_PX, SHAPES
+from trainer.toy.world import COLORS, IMAGE_PX
 
 _FINE_GRID = 4
 _OTHERS = (3, 6)
-_RADII_PX = (2.2, 3.2)
-_ZOOM = 3.0
+_RADII_PX = (2.6, 3.4)
+_ZOOM = 2.2
 
 
 def small_shape(rng: np.random.Generator, answer: str) -> Example:
-    """Which shape has the thing of the named colour? It is two to three pixels in radius; others have other colours.
+    """Which shape has the thing of the named colour? It is about three pixels in radius; others have other colours.
 
-    The hint is the part of the picture around the thing, three times as large.
+    The hint is the part of the picture around the thing, enlarged to the size of ordinary things.
     """
     color = str(rng.choice(list(COLORS)))
     cell_px = IMAGE_PX / _FINE_GRID
@@ -36,8 +35,7 @@ def small_shape(rng: np.random.Generator, answer: str) -> Example:
         things.append(thing)
     target = things[0]
     picture = new_picture(things, rng)
-    place = cell_name(int(target.y_px // CELL_PX), int(target.x_px // CELL_PX))
-    hint = Hint(enlarged(picture, target), f"a {target.name} in the {place}")
+    hint = Hint(enlarged(picture, target), f"a {target.name}")
     return Example((picture,), f"what shape is the {color} thing?", answer, hint)
 
 
