@@ -55,7 +55,7 @@ def tasks(
 ) -> None:
     """Write toy versions of the nine LIVR tasks: questions about one to three images that a text alone cannot answer.
 
-    `small_shape` is a tenth, whose records have auxiliary images (for method gap).
+    Records of named_shape and two_steps have auxiliary images, for method gap.
 
     counting, jigsaw, object_localization, visual_correspondence, art_style, semantic_correspondence,
     functional_correspondence, relative_reflectance, visual_similarity. Splits train, val (100 a task), test (500 a

@@ -1,7 +1,7 @@
 r"""`gap`: the Granular Alignment Paradigm, visual latents that the model writes itself, token by token.
 
-Source: the GAP paper (Granular Alignment Paradigm, on Qwen2.5-VL-7B). A response holds a span of K latents, which are fed back
-as inputs one after the other, and then says in words what they show:
+Source: the GAP paper (Granular Alignment Paradigm, on Qwen2.5-VL-7B). A response holds a span of K latents, which are
+fed back as inputs one after the other, and then says in words what they show:
 
     full     <think>[ v_1 … v_K ]<parser>description</parser></think><answer>answer</answer>
     short    [ v_1 … v_K ] description, answer
@@ -77,7 +77,9 @@ class GapOptions(Section):
     around: tuple[str, str] = Field(
         ("<|vision_start|>", "<|vision_end|>"), description="Tokens of the model that open and close a span."
     )
-    supervise: Literal["everywhere", "failed"] = Field("everywhere", description="Which questions get latents.")
+    supervise: Literal["everywhere", "failed", "nowhere"] = Field(
+        "everywhere", description="Which questions get latents; nowhere: words alone, the control text_bottleneck."
+    )
     difficulty: Path | None = Field(None, description="Labels of `trainer difficulty`, for supervise: failed.")
     threshold: int = Field(
         0, ge=0, description="Right answers of the base model up to which a question counts as failed."
@@ -315,7 +317,7 @@ class GapMethod(Method):
     ) -> bool:
         """Whether the question gets latents, as far as the base model's answers decide it. Raises DataError."""
         if labels is None:
-            return True
+            return self.options.supervise != "nowhere"
         label = labels.get((record.record_id, question.text))
         if label is None:
             raise DataError(

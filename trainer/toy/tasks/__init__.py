@@ -1,4 +1,4 @@
-"""Toy versions of the nine tasks of Latent Implicit Visual Reasoning, and one with auxiliary images, `small_shape`.
+"""Toy versions of the nine tasks of Latent Implicit Visual Reasoning, and two with auxiliary images.
 
 Each of the nine keeps what makes the real one hard: an answer that takes looking, often at several images, and no prior
 in words.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from trainer.toy.tasks.example import Example, Task
 from trainer.toy.tasks.one_image import MAX_COUNT, counting, object_localization, relative_reflectance
 from trainer.toy.tasks.points import functional_correspondence, semantic_correspondence, visual_correspondence
-from trainer.toy.tasks.small_things import small_shape
+from trainer.toy.tasks.two_steps import named_shape, two_steps
 from trainer.toy.tasks.whole_images import art_style, jigsaw, visual_similarity
 from trainer.toy.world import SHAPES
 
@@ -26,7 +26,8 @@ TASKS = {
         Task("functional_correspondence", _FOUR, functional_correspondence),
         Task("relative_reflectance", ("a", "b", "none"), relative_reflectance),
         Task("visual_similarity", _TWO, visual_similarity),
-        Task("small_shape", SHAPES, small_shape),
+        Task("named_shape", SHAPES, named_shape),
+        Task("two_steps", SHAPES, two_steps),
     )
 }
 
