@@ -46,9 +46,9 @@ class Course:
 
 
 COURSES = (
-    Course("base", None, 1, 750, 3e-3, questions=2, places=0, captions=1),
-    Course("P", "base", 2, 500, 2e-3, questions=6, places=1, captions=0),
-    Course("Q", "base", 3, 500, 2e-3, questions=6, places=1, captions=0),
+    Course("base", None, 1, 4000, 3e-3, questions=2, places=0, captions=1),
+    Course("P", "base", 2, 1200, 2e-3, questions=6, places=1, captions=0),
+    Course("Q", "base", 3, 1200, 2e-3, questions=6, places=1, captions=0),
 )
 
 
