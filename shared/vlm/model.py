@@ -91,6 +91,12 @@ class Processor:
     image_processor: Any
     chat_template: str
 
+    def image_inputs(self, family: Family, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """What the family's vision tower takes of images. Thread-safe."""
+        batch = [[image] for image in images] if family.nested_images else list(images)
+        inputs = self.image_processor(images=batch, return_tensors="pt")
+        return {name: inputs[name] for name in family.image_inputs if name in inputs}
+
 
 class VisionLanguageModel:
     """One model with its processor. Not thread-safe: PEFT adapters and dropout modes are module state."""
@@ -179,9 +185,7 @@ class VisionLanguageModel:
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What the image processor makes of images, for `image_tokens_from`. Needs no GPU; thread-safe."""
-        batch = [[image] for image in images] if self.family.nested_images else list(images)
-        inputs = self.processor.image_processor(images=batch, return_tensors="pt")
-        return {name: inputs[name] for name in self.family.image_inputs if name in inputs}
+        return self.processor.image_inputs(self.family, images)
 
     def image_tokens_from(self, inputs: dict[str, Tensor]) -> ImageTokens:
         """The same from what `image_inputs` made."""

@@ -55,7 +55,8 @@ class Method(ABC):
         """Modules that train beside the generator and are saved with the trainer state."""
         return nn.Module()
 
-    def seen(self, record: Record) -> Record:
+    @staticmethod
+    def seen(record: Record) -> Record:
         """The record with all images that training looks at; `emit` gets the tokens of these. Raises DataError."""
         return record
 

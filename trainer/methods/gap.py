@@ -228,7 +228,8 @@ class GapMethod(Method):
     def extra_modules(self) -> nn.Module:
         return self.head
 
-    def seen(self, record: Record) -> Record:
+    @staticmethod
+    def seen(record: Record) -> Record:
         """The auxiliary image behind the record's own, so that it is read, cached and found damaged like them."""
         if record.auxiliary is None:
             return record
