@@ -49,8 +49,9 @@ def train(
     from anchor_service.cluster import ray_if_needed
     from shared.config import dump_config, load_config
     from shared.errors import ConfigError
+    from shared.run_folder import run_config
     from trainer.data import prepare_data
-    from trainer.evaluation.run import evaluate_run, run_config
+    from trainer.evaluation.run import evaluate_run
     from trainer.loop import train_run
     from trainer.methods import chosen_suites, with_checked_method
 
@@ -116,8 +117,9 @@ def evaluate(
         python -m trainer evaluate runs/demo --suite all --anchors A,C
     """
     from anchor_service.cluster import ray_if_needed
+    from shared.run_folder import run_config
     from trainer.data import prepare_data
-    from trainer.evaluation.run import chosen_anchors, evaluate_run, run_config
+    from trainer.evaluation.run import chosen_anchors, evaluate_run
     from trainer.methods import chosen_suites
 
     console = Console()
@@ -258,8 +260,8 @@ def norms(
     """
     from shared.config import DataConfig
     from shared.errors import ConfigError
+    from shared.run_folder import run_config
     from trainer.data import load_records
-    from trainer.evaluation.run import run_config
     from trainer.gap.norms import norms_of_model, norms_of_run, print_norms, write_norms
     from trainer.progress import track
 
@@ -304,9 +306,9 @@ def pca(
     """
     from shared.config import DataConfig
     from shared.vlm import load_vlm
+    from shared.vlm.generator import resolve_device
     from trainer.data import load_records
     from trainer.gap.norms import fit_pca
-    from trainer.generator import resolve_device
     from trainer.progress import track
 
     console = Console()

@@ -14,9 +14,9 @@ import torch
 
 from shared.config import GeneratorConfig
 from shared.errors import CheckpointError
+from shared.vlm.generator import Generator
 from trainer import checkpoint as checkpoint_module
 from trainer.checkpoint import CheckpointStore, load_trainer_state
-from trainer.generator import Generator
 
 
 @pytest.fixture(scope="module")
