@@ -54,13 +54,6 @@ class EngineConfig(Section):
     continuations: int = Field(64, ge=1, le=4096, description="Answers of joint decoding whose keys and values stay.")
 
 
-class BatchingConfig(Section):
-    """Several requests in one forward pass of the generator, or of an anchor that scores."""
-
-    size: int = Field(16, ge=1, le=256, description="Requests at most; 1 switches batching off.")
-    wait_s: float = Field(0.005, ge=0, le=1, description="How long the first one waits for others.")
-
-
 class LimitsConfig(Section):
     """Bounds of a request. Each is answered with a 4xx that states it."""
 
@@ -114,7 +107,12 @@ class ServeConfig(Section):
     generator: ReplicasConfig = ReplicasConfig()
     front: ReplicasConfig = ReplicasConfig(cpus=0.1)
     engine: EngineConfig = EngineConfig()
-    batching: BatchingConfig = BatchingConfig()
+    batch_requests: int = Field(
+        16,
+        ge=1,
+        le=256,
+        description="Requests in one pass of the generator, or of a scoring anchor; 1: no batching.",
+    )
     limits: LimitsConfig = LimitsConfig()
     access: AccessConfig = AccessConfig()
     joint: JointConfig = JointConfig()

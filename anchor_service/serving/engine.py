@@ -13,7 +13,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -132,6 +132,10 @@ class Engine:
         self._keep([i for i, row in enumerate(self._at_work) if row.job_id != job_id])
         self.counters.cancelled += len(self._waiting) + len(self._at_work) < n_before
 
+    def has(self, job_id: int) -> bool:
+        """Whether a job waits or is at work."""
+        return any(row.job_id == job_id for row in self._at_work) or any(w.job_id == job_id for w in self._waiting)
+
     def forget(self) -> list[int]:
         """After an error: drop everything; the numbers of the jobs that are lost."""
         lost = [one.job_id for one in self._waiting] + [row.job_id for row in self._at_work]
@@ -237,7 +241,7 @@ class Engine:
         return fresh, questions.select(places)
 
 
-def read_latents(model: VisionLanguageModel, latents: Iterable[Any], media: Media) -> GrowingRows:
+def read_latents(model: VisionLanguageModel, latents: Iterable[np.ndarray], media: Media) -> GrowingRows:
     """A row for each image's latents (K, D): the prompt up to the end of them."""
-    tensors = [torch.as_tensor(one).to(model.device, model.dtype) for one in latents]
+    tensors = [torch.tensor(one, device=model.device, dtype=model.dtype) for one in latents]
     return GrowingRows.after_images(model, ImageTokens(tensors, [media.grid] * len(tensors)))
