@@ -23,18 +23,13 @@ from shared.vlm import vlm_config
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Frozen anchors: start them, shake hands, read, serve.",
+    help="Frozen anchors: start them, shake hands, read, serve; export their language models.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 _QUESTION = Question("what color is the circle?", "red")
 _READS = 5
-
-
-@app.callback()
-def _verbs() -> None:
-    """Frozen anchors: start them, shake hands, read, serve."""
 
 
 @app.command()
@@ -63,6 +58,26 @@ def serve(
 
     file = load_serve_file(Path(config))
     serve_here(file if port is None else file.model_copy(update={"port": port}), Console())
+
+
+@app.command()
+@friendly_errors
+def export(
+    config: ConfigOption,
+    anchor: Annotated[str, typer.Option(help="Name of an anchor of the config, an unseen one too.")],
+    to: Annotated[Path, typer.Option(help="Empty folder to write to.")],
+    set_: SetOption = None,
+) -> None:
+    """Write an anchor's language model alone, without its vision tower, as an ordinary checkpoint with tokenizer.
+
+    For engines that take prompt embeddings (vLLM): latents take the places of image tokens in them.
+
+    Example: python -m anchor_service export --config deploy/configs/toy.yaml --anchor A --to runs/export/A
+    """
+    from anchor_service.export import export_anchor
+
+    export_anchor(load_config(Path(config), set_ or []), anchor, to)
+    Console().print(f"language model of {anchor}: {to}", highlight=False, soft_wrap=True)
 
 
 def probe_anchors(config: Config, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""`python -m trainer`: train, evaluate, estimate, toy."""
+"""`python -m trainer`."""
 
 from trainer.cli import app
 

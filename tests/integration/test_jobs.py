@@ -37,7 +37,7 @@ def test_job_on_a_head_node(toy_folder: Path, tmp_path: Path) -> None:
     assert "Exact match on 4 unseen images" in output
     assert [entry["step"] for entry in read_metrics(run_dir)] == [0, 1, 2]
     assert set(json.loads((run_dir / "evaluation.json").read_text())["anchors"]) == {"A", "B", "C"}
-    assert Path("trainer/cli.py") in uploaded
+    assert Path("trainer/cli/runs.py") in uploaded
     assert not {file.parts[0] for file in uploaded} & {".git", ".venv", "runs"}
     assert sum(uploaded.values()) < MAX_UPLOAD_BYTES
 

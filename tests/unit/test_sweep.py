@@ -19,6 +19,7 @@ from tests.integration.helpers import training_tree
 from trainer.evaluation.headline import headline
 from trainer.sweep.grid import Axis, parse_axis, trials
 from trainer.sweep.results import Outcome, plot, rows_of, write_results
+from trainer.sweep.run import most, resources
 
 
 @pytest.fixture
@@ -97,6 +98,14 @@ OUTCOMES = [
     outcome(9, 1, None, "out of memory"),
     outcome(9, 2, None),
 ]
+
+
+def test_room_is_planned_for_the_hungriest_trial(config_file: Path, tmp_path: Path) -> None:
+    axes = [parse_axis("anchors.0.placement=local,ray"), parse_axis("anchors.0.cpus=1,2")]
+    needs = [resources(trial, 1.5) for trial in trials(config_file, [], axes, 1, tmp_path / "to")]
+    driver_and_b = needs[0]["CPU"]
+    assert [need["CPU"] - driver_and_b for need in needs] == [0, 0, 1, 2]
+    assert most(needs) == {"CPU": driver_and_b + 2}
 
 
 def test_means_and_intervals_over_seeds() -> None:

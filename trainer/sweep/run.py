@@ -64,7 +64,7 @@ def run_sweep(options: SweepOptions, console: Console) -> list[Outcome]:
     for data in {str(trial.config.data): trial.config.data for trial in todo}.values():
         prepare_data(data, console)
     if todo:
-        with _cluster(_resources(todo[0], options.cpus_per_trial)) as at_a_time:
+        with _cluster(most([resources(trial, options.cpus_per_trial) for trial in todo])) as at_a_time:
             errors = _run(todo, options, at_a_time)
     outcomes = [_outcome(trial, errors.get(trial.config.run.dir, "")) for trial in planned]
     write_results(outcomes, axes, options.to, console)
@@ -74,9 +74,9 @@ def run_sweep(options: SweepOptions, console: Console) -> list[Outcome]:
 def _run(todo: Sequence[Trial], options: SweepOptions, at_a_time: int) -> dict[Path, str]:
     """Errors by run folder."""
     jobs = [_Job(Path.cwd(), trial.config.run.dir, dump_config(trial.config)) for trial in todo]
-    driver = {name: amount for name, amount in _driver(todo[0], options.cpus_per_trial).items() if amount}
+    driver = most([_driver(trial, options.cpus_per_trial) for trial in todo])
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_train, jobs=jobs), driver),
+        tune.withresources(tune.with_parameters(_train, jobs=jobs), driver),
         param_space={"job": tune.grid_search(list(range(len(jobs))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=at_a_time),
         run_config=tune.RunConfig(
@@ -151,19 +151,25 @@ class _Progress(tune.Callback):
         Console().print(f"{self._done}/{len(self._todo)}  {ours.name}, seed {ours.seed}: {what}", highlight=False)
 
 
+def most(needs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each resource what the hungriest trial takes: points of a grid may differ in anchors and devices."""
+    most = {name: max(need.get(name, 0.0) for need in needs) for need in needs for name in need}
+    return {name: amount for name, amount in most.items() if amount > 0}
+
+
 def _driver(trial: Trial, cpus: float | None) -> dict[str, float]:
     """What the trainer's own process takes."""
     on_gpu = trial.config.generator.device != "cpu" and torch.cuda.is_available()
     return {"CPU": cpus if cpus is not None else float(trial.config.generator.cpus or 1), "GPU": float(on_gpu)}
 
 
-def _resources(trial: Trial, cpus: float | None) -> dict[str, float]:
+def resources(trial: Trial, cpus: float | None) -> dict[str, float]:
     """What one trial takes in all: its driver and its anchors' actors."""
     total = _driver(trial, cpus)
     for anchor in trial.config.all_anchors:
         for name, amount in bundle(trial.config, anchor).items() if anchor.placement == "ray" else ():
             total[name] = total.get(name, 0.0) + amount * anchor.replicas
-    return {name: amount for name, amount in total.items() if amount > 0}
+    return total
 
 
 @contextlib.contextmanager
@@ -177,7 +183,7 @@ def _cluster(wanted: dict[str, float]) -> Iterator[int]:
             cpus = max(os.cpu_count() or 1, math.ceil(wanted["CPU"]))
             ray.init(num_cpus=cpus, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
     try:
-        there = ray.cluster_resources()
+        there = ray.clusterresources()
         fits = min(int(there.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items())
         if fits < 1:
             needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
