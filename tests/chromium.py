@@ -61,8 +61,8 @@ class Chromium:
             self._process.kill()
             self._process.wait()
 
-    def open(self, page: Path, *, width: int, height: int, dark: bool) -> None:
-        """Show a file in a window of this size in CSS pixels, and wait until it is loaded."""
+    def open(self, page: Path | str, *, width: int, height: int, dark: bool) -> None:
+        """Show a file, or the page of an address, in a window of this size in CSS pixels, and wait until it is loaded."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -70,10 +70,10 @@ class Chromium:
         self.requests.clear()
         self.complaints.clear()
         self._loaded = False
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not self._loaded:
             self._note(self._receive())
-        self.evaluate("Promise.all([...document.images].map(image => image.decode())).then(() => true)")
+        self.evaluate("Promise.all([...document.images].filter(image => image.src).map(image => image.decode())).then(() => true)")
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page; promises are awaited."""

@@ -1,0 +1,1 @@
+"""The served application: a trained generator and its anchors behind HTTP."""
