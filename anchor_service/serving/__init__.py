@@ -1,1 +1,1 @@
-"""The served application: a trained generator and its anchors behind HTTP."""
+"""The service: images and questions in, answers, scores and latents out, over HTTP on Ray Serve."""
