@@ -82,6 +82,25 @@ class Chromium:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
+    def wait_for(self, expression: str, limit_s: float = 60.0) -> None:
+        """Return when the JavaScript expression is true. Raises TimeoutError."""
+        deadline = time.monotonic() + limit_s
+        while not self.evaluate(f"Boolean({expression})"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not true after {limit_s} s: {expression}")
+            time.sleep(0.05)
+
+    def choose_file(self, selector: str, file: Path) -> None:
+        """Give a file to an <input type=file>, as its dialog would."""
+        element = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
+        self.call("DOM.setFileInputFiles", files=[str(file)], objectId=element["result"]["objectId"])
+
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """Press and release a key. code: its Windows virtual key code; text: what it types."""
+        stroke = {"key": key, "code": key, "windowsVirtualKeyCode": code, "text": text}
+        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **stroke)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **stroke)
+
     def screenshot(self, to: Path) -> None:
         """The whole page as a PNG."""
         answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
