@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import gzip
 import json
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
+from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels, serve_dashboard_panels
 from ray.serve._private import replica
@@ -191,36 +191,20 @@ def test_the_image_holds_every_folder_of_the_code() -> None:
         assert f"!{folder}\n" in allowed
 
 
-def metrics_of(dashboard: Any) -> set[str]:
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
-    return {name for query in queries for name in re.findall(r"\bray_\w+", query)}
-
-
-def test_every_metric_of_the_dashboard_is_ours_or_rays() -> None:
-    """Ray's are those of its own dashboards and of Serve's replicas; Prometheus sees all of them after ray_."""
-    dashboard = json.loads((DEPLOY / "monitoring/dashboard.json").read_text())
+def test_ray_has_every_metric_that_the_dashboard_takes_from_it() -> None:
+    """Those of its own dashboards and of Serve's replicas. Ours are scraped in tests of training and of the service."""
+    dashboard = (DEPLOY / "monitoring/dashboard.json").read_text()
     sources = [default_dashboard_panels.__file__, serve_dashboard_panels.__file__]
     of_ray = set(re.findall(r"\bray_\w+", " ".join(Path(source).read_text() for source in sources)))
     of_ray |= {f"ray_{name}" for name in re.findall(r'"(serve_\w+)"', Path(replica.__file__).read_text())}
-    ours = metrics_of(dashboard) - of_ray
-    assert ours == {f"ray_{PROMETHEUS_NAME}"} | {f"ray_{name}" for name in declared_metrics()}
-
-
-def declared_metrics() -> set[str]:
-    """First arguments of Counter, Gauge and Histogram in the code of the service, as Prometheus shows them."""
-    names = set()
-    for file in (ROOT / "anchor_service/serving").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and isinstance(first := (node.args or [None])[0], ast.Constant):
-                kind = getattr(node.func, "id", getattr(node.func, "attr", ""))
-                suffix = {"Counter": "_total", "Gauge": "", "Histogram": "_bucket"}.get(kind)
-                names |= {f"{first.value}{suffix}"} if suffix is not None else set()
-    return names
+    drawn = set(re.findall(r"\bray_\w+", dashboard))
+    assert len(drawn) > 8
+    assert drawn - of_ray == {f"ray_{PROMETHEUS_NAME}"}
 
 
 def test_the_scrape_config_reads_what_ray_writes() -> None:
-    from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
-
-    (job,) = load("monitoring/prometheus.yml")["scrape_configs"]
-    (place,) = job["file_sd_configs"][0]["files"]
+    ray_job, service_job = load("monitoring/prometheus.yml")["scrape_configs"]
+    (place,) = ray_job["file_sd_configs"][0]["files"]
     assert place == f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"
+    http = load("serve/toy.yaml")["http_options"]
+    assert service_job["static_configs"] == [{"targets": [f"{http['host']}:{http['port']}"]}]
