@@ -62,7 +62,7 @@ class Chromium:
             self._process.wait()
 
     def open(self, page: Path | str, *, width: int, height: int, dark: bool) -> None:
-        """Show a file, or the page of an address, in a window of this size in CSS pixels, and wait until it is loaded."""
+        """Show a file or an address in a window of this size in CSS pixels, and wait until it is loaded."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -73,7 +73,8 @@ class Chromium:
         self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not self._loaded:
             self._note(self._receive())
-        self.evaluate("Promise.all([...document.images].filter(image => image.src).map(image => image.decode())).then(() => true)")
+        shown = "[...document.images].filter(image => image.src)"
+        self.evaluate(f"Promise.all({shown}.map(image => image.decode())).then(() => true)")
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page; promises are awaited."""
@@ -94,6 +95,11 @@ class Chromium:
         """Give a file to an <input type=file>, as its dialog would."""
         element = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
         self.call("DOM.setFileInputFiles", files=[str(file)], objectId=element["result"]["objectId"])
+
+    def cut_off(self, is_off: bool) -> None:
+        """Take the network away, or give it back."""
+        limits = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.call("Network.emulateNetworkConditions", offline=is_off, **limits)
 
     def press(self, key: str, code: int, text: str = "") -> None:
         """Press and release a key. code: its Windows virtual key code; text: what it types."""

@@ -5,71 +5,34 @@ Screenshots are left in runs/screenshots.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.chromium import CHROMIUM, Chromium
-from tests.integration.cluster import free_ports
-from tests.integration.helpers import training_tree, write_config
 from trainer.toy.page_examples import example
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "runs/screenshots"
 PHONE, DESKTOP = (390, 844), (1280, 900)
-START_LIMIT_S = 120
 DONE = "document.querySelectorAll('#answers article[aria-busy=false]').length === 3"
+WATCH_FOR_EARLY_TEXT = """new MutationObserver(() => {
+  window.early ||= [...document.querySelectorAll('article[aria-busy=true] .answer')].some((text) => text.textContent);
+}).observe(document.body, { subtree: true, childList: true }); 1"""
+COLORS = """(() => {
+  const rgb = (color) => color.match(/[\\d.]+/g).map(Number);
+  const withText = [...document.querySelectorAll('h1, h2, h3, p, summary, label, legend, button, textarea, dt, dd')];
+  return withText.filter((one) => one.textContent.trim() && !one.disabled).map((one) => {
+    let behind = one;
+    while (behind && rgb(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+    const background = rgb(getComputedStyle(behind).backgroundColor);
+    return [one.outerHTML.slice(0, 80), rgb(getComputedStyle(one).color), background];
+  });
+})()"""
 MODELS = ["A", "B", "joint"]
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def url(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`anchor_service serve` on a run of two steps with random models: the page cares for no answer's truth."""
-    folder = tmp_path_factory.mktemp("served")
-    tree = training_tree(toy_folder, folder / "run", "local", train={"steps": 2, "checkpoint_every": 2})
-    config = write_config(tree, folder / "train.yaml")
-    command = [sys.executable, "-m", "trainer", "train", "--config", str(config), "--no-evaluate"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    served = yaml.safe_load((ROOT / "deploy/serve/toy.yaml").read_text())
-    args = served["applications"][0]["args"]
-    args["run"] = str(folder / "run")
-    for anchor in args["anchors"]:
-        anchor["model"] = str(toy_folder / anchor["name"])
-    served["http_options"]["port"] = free_ports(1)[0]
-    command = [sys.executable, "-m", "anchor_service", "serve", "--config", str(write_config(served, folder / "serve.yaml"))]
-    address = f"http://127.0.0.1:{served['http_options']['port']}/"
-    with (folder / "serve.log").open("w") as log:
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_until_ready(address, process, folder / "serve.log")
-        yield address
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
-def wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        try:
-            with urllib.request.urlopen(f"{address}readyz", timeout=5) as reply:
-                if reply.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +58,13 @@ def message(browser: Chromium) -> str:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
-def test_an_example_is_asked_and_answered(url: str, browser: Chromium, size: tuple[int, int], dark: bool) -> None:
-    browser.open(url, width=size[0], height=size[1], dark=dark)
+def test_an_example_is_asked_and_answered(
+    service_url: str, browser: Chromium, size: tuple[int, int], dark: bool
+) -> None:
+    browser.open(service_url, width=size[0], height=size[1], dark=dark)
     take_example(browser)
     assert browser.evaluate("document.getElementById('question').value") == "what color is the circle?"
-    browser.evaluate(
-        """new MutationObserver(() => { window.early ||= [...document.querySelectorAll('article[aria-busy=true] .answer')]
-        .some((answer) => answer.textContent) }).observe(document.body, { subtree: true, childList: true }); 1"""
-    )
+    browser.evaluate(WATCH_FOR_EARLY_TEXT)
     ask(browser)
     assert message(browser) == ""
     assert browser.evaluate("window.early"), "text stands there before the answer is complete"
@@ -115,32 +77,23 @@ def test_an_example_is_asked_and_answered(url: str, browser: Chromium, size: tup
     widths = browser.evaluate("[...document.querySelectorAll('.bar')].map((bar) => parseFloat(bar.style.width))")
     assert all(0 <= width <= 100 for width in widths)
     assert max(widths) > 0
-    assert browser.evaluate("document.getElementById('heat').decode().then(() => !document.getElementById('heat').hidden)")
+    browser.wait_for("document.getElementById('heat').naturalWidth > 0 && !document.getElementById('heat').hidden")
     assert browser.evaluate("document.getElementById('status').textContent").startswith("A: ")
     assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert browser.complaints == [], "the policy allows all that the page does"
     asked = {address for address in browser.requests if not address.startswith("data:")}
-    assert asked == {url, f"{url}v1/models", f"{url}v1/chat/completions"}
-    browser.screenshot(SCREENSHOTS / f"answers_{'phone' if size == PHONE else 'desktop'}_{'dark' if dark else 'light'}.png")
+    assert asked == {service_url, f"{service_url}v1/models", f"{service_url}v1/chat/completions"}
+    where = "phone" if size == PHONE else "desktop"
+    browser.screenshot(SCREENSHOTS / f"answers_{where}_{'dark' if dark else 'light'}.png")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_text_stands_out_from_its_background(url: str, browser: Chromium, dark: bool) -> None:
+def test_text_stands_out_from_its_background(service_url: str, browser: Chromium, dark: bool) -> None:
     """At least 4.5 : 1, WCAG 2.2 success criterion 1.4.3; what is switched off is exempt."""
-    browser.open(url, width=DESKTOP[0], height=DESKTOP[1], dark=dark)
+    browser.open(service_url, width=DESKTOP[0], height=DESKTOP[1], dark=dark)
     take_example(browser)
     ask(browser)
-    pairs = browser.evaluate(
-        """(() => {
-          const rgb = (color) => color.match(/[\\d.]+/g).map(Number);
-          const seen = [...document.querySelectorAll('h1, h2, h3, p, summary, label, legend, button, textarea, dt, dd')];
-          return seen.filter((e) => e.textContent.trim() && !e.disabled).map((e) => {
-            let behind = e;
-            while (behind && rgb(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
-            return [e.outerHTML.slice(0, 80), rgb(getComputedStyle(e).color), rgb(getComputedStyle(behind).backgroundColor)];
-          });
-        })()"""
-    )
+    pairs = browser.evaluate(COLORS)
     assert len(pairs) > 20
     too_weak = [(what, contrast(color, behind)) for what, color, behind in pairs if contrast(color, behind) < 4.5]
     assert too_weak == []
@@ -157,8 +110,8 @@ def contrast(one: list[float], other: list[float]) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_it_can_be_used_with_a_keyboard_and_a_screen_reader(url: str, browser: Chromium) -> None:
-    browser.open(url, width=DESKTOP[0], height=DESKTOP[1], dark=False)
+def test_it_can_be_used_with_a_keyboard_and_a_screen_reader(service_url: str, browser: Chromium) -> None:
+    browser.open(service_url, width=DESKTOP[0], height=DESKTOP[1], dark=False)
     reached = []
     for _ in range(8):
         browser.press("Tab", 9)
@@ -179,9 +132,9 @@ def test_it_can_be_used_with_a_keyboard_and_a_screen_reader(url: str, browser: C
     assert browser.evaluate("document.getElementById('message').getAttribute('role')") == "alert"
 
 
-def test_an_image_of_ones_own_and_other_latents(url: str, browser: Chromium, tmp_path: Path) -> None:
+def test_an_image_of_ones_own_and_other_latents(service_url: str, browser: Chromium, tmp_path: Path) -> None:
     example(3)[1].save(tmp_path / "mine.png")
-    browser.open(url, width=DESKTOP[0], height=DESKTOP[1], dark=False)
+    browser.open(service_url, width=DESKTOP[0], height=DESKTOP[1], dark=False)
     browser.choose_file("#file", tmp_path / "mine.png")
     browser.wait_for("document.getElementById('shown').alt === 'mine.png'")
     browser.evaluate("document.getElementById('question').value = 'what color is the square?'")
@@ -199,8 +152,8 @@ def test_an_image_of_ones_own_and_other_latents(url: str, browser: Chromium, tmp
     assert browser.evaluate("document.getElementById('heat').hidden")
 
 
-def test_what_goes_wrong_is_said(url: str, browser: Chromium, tmp_path: Path) -> None:
-    browser.open(url, width=PHONE[0], height=PHONE[1], dark=True)
+def test_what_goes_wrong_is_said(service_url: str, browser: Chromium, tmp_path: Path) -> None:
+    browser.open(service_url, width=PHONE[0], height=PHONE[1], dark=True)
     browser.evaluate("document.getElementById('ask').click()")
     assert "Take an image first" in message(browser)
     (tmp_path / "notes.txt").write_text("no image")
@@ -215,14 +168,14 @@ def test_what_goes_wrong_is_said(url: str, browser: Chromium, tmp_path: Path) ->
     assert "Request " in browser.evaluate("document.querySelector('article .wrong').textContent")
     browser.screenshot(SCREENSHOTS / "error_phone_dark.png")
     browser.evaluate("document.getElementById('question').value = 'what color is the circle?'")
-    browser.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    browser.cut_off(True)
     browser.evaluate("document.getElementById('ask').click()")
     browser.wait_for("document.getElementById('message').textContent.includes('cannot be reached')")
-    browser.call("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+    browser.cut_off(False)
 
 
-def test_a_question_can_be_stopped(url: str, browser: Chromium) -> None:
-    browser.open(url, width=DESKTOP[0], height=DESKTOP[1], dark=False)
+def test_a_question_can_be_stopped(service_url: str, browser: Chromium) -> None:
+    browser.open(service_url, width=DESKTOP[0], height=DESKTOP[1], dark=False)
     take_example(browser)
     browser.evaluate("document.getElementById('ask').click(); document.getElementById('stop').click()")
     browser.wait_for(DONE)

@@ -14,7 +14,7 @@ from tests.integration.helpers import REPOSITORY, training_tree, wait_until
 from trainer.loop import train_run
 from trainer.metrics import PROMETHEUS_NAME, read_metrics
 
-SAMPLE = re.compile(rf'^ray_{PROMETHEUS_NAME}{{(.*)}} (\S+)$', re.MULTILINE)
+SAMPLE = re.compile(rf"^ray_{PROMETHEUS_NAME}{{(.*)}} (\S+)$", re.MULTILINE)
 
 
 def scraped() -> dict[str, float]:

@@ -44,8 +44,8 @@ def _button(seed: int, question: str) -> str:
     png = io.BytesIO()
     picture.save(png, "PNG", optimize=True)
     address = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    question = html.escape(question, quote=True)
-    return f'<li><button type="button" data-question="{question}"><img src="{address}" alt="Shapes: {shapes}"></button></li>\n'
+    image = f'<img src="{address}" alt="Shapes: {shapes}">'
+    return f'<li><button type="button" data-question="{html.escape(question)}">{image}</button></li>\n'
 
 
 if __name__ == "__main__":
