@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from anchor_service.serving.engine import EndEvent, Event, FinishReason, Job, TokenEvent
+from anchor_service.serving.engine import EndEvent, Event, Job, TokenEvent
 from anchor_service.serving.sampling import AnswerText
 from shared.errors import ModelError
 from shared.vlm import load_prompt
@@ -94,37 +95,32 @@ class VllmEngine:
         arrived: asyncio.Queue[list[Event] | BaseException],
     ) -> None:
         """One answer, its events put into a queue; cancelling it aborts vLLM's request."""
+        try:
+            async for events in self._events(job, sample, prompt_TD, end_id):
+                arrived.put_nowait(events)
+        except Exception as error:  # noqa: BLE001 - whoever listens raises it
+            arrived.put_nowait(error)
+
+    async def _events(self, job: Job, sample: int, prompt_TD: Tensor, end_id: int) -> AsyncIterator[list[Event]]:
         text = AnswerText(self._prompt.tokenizer, job.sampling.stop)
         n_written = 0
-        reason: FinishReason = "length"
-        rest: str | None = None
         request = self._engine.generate(
             {"prompt_embeds": prompt_TD}, self._sampling(job, sample, end_id), f"{next(self._numbers)}"
         )
-        try:
+        async with aclosing(request):
             async for output in request:
                 (written,) = output.outputs
-                events: list[Event] = []
                 for token, logprobs in zip(written.token_ids, written.logprobs, strict=True):
                     if token == end_id:
-                        reason = "stop"
-                        break
+                        yield [EndEvent(sample, text.end(), "stop", len(prompt_TD), n_written)]
+                        return
                     n_written += 1
                     new = text.add(token)
                     if text.stopped:
-                        reason, rest = "stop", new
-                        break
-                    events.append(self._token_event(job, sample, token, new, logprobs))
-                if events:
-                    arrived.put_nowait(events)
-                if reason == "stop":
-                    break
-            end = EndEvent(sample, text.end() if rest is None else rest, reason, len(prompt_TD), n_written)
-            arrived.put_nowait([end])
-        except Exception as error:  # noqa: BLE001 - whoever listens raises it
-            arrived.put_nowait(error)
-        finally:
-            await request.aclose()
+                        yield [EndEvent(sample, new, "stop", len(prompt_TD), n_written)]
+                        return
+                    yield [self._token_event(job, sample, token, new, logprobs)]
+        yield [EndEvent(sample, text.end(), "length", len(prompt_TD), n_written)]
 
     def _sampling(self, job: Job, sample: int, end_id: int) -> Any:
         from vllm import SamplingParams

@@ -43,7 +43,7 @@ async def answer(model: str, exported: Path, folder: Path) -> None:
     ]
     try:
         answers = await asyncio.gather(*(events_of(engine, job) for job in jobs))
-        longer = dataclasses.replace(jobs[0], sampling=Sampling(max_tokens=500, temperature=50.0, n=2))
+        longer = dataclasses.replace(jobs[0], sampling=Sampling(max_tokens=500, temperature=2.0, n=16))
         told = {"answers": answers, "cancelled": await cancelled(engine, longer)}
     finally:
         engine.close()
