@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import sys
 import time
 import uuid
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +21,7 @@ from anchor_service.serving.errors import ServiceError, error_body, too_busy
 from shared.serve_config import LimitsConfig
 
 log = logging.getLogger("visual_latents.serving")
+REQUEST_ID = "x-request-id"
 OPEN_PATHS = ("/", "/healthz", "/readyz")
 """Answered without a key, and however many requests are at work."""
 
@@ -123,7 +126,10 @@ class _Passage:
 
     def __init__(self, scope: Scope, send: Send):
         self.scope = scope
-        self.request_id = uuid.uuid4().hex
+        # Ray Serve gives every request an id, which its answer carries.
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        self._is_given = re.fullmatch(r"[\w.-]{1,64}", given, re.ASCII) is not None
+        self.request_id = given if self._is_given else uuid.uuid4().hex
         self.status = 499
         """Until an answer has begun: the client has gone."""
         self.caller: str | None = None
@@ -136,7 +142,9 @@ class _Passage:
         if message["type"] == "http.response.start":
             self._has_begun = True
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
+            if not self._is_given:
+                header = (REQUEST_ID.encode(), self.request_id.encode())
+                message["headers"] = [*message.get("headers", []), header]
         await self._send(message)
 
     async def run(self, gate: Gate, receive: Receive) -> None:

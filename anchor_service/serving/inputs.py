@@ -70,7 +70,8 @@ def noise_like(latents_KD: np.ndarray, digest: str) -> np.ndarray:
     rng = np.random.default_rng(int(digest[:16], 16))
     noise_KD = rng.standard_normal(latents_KD.shape)
     lengths_K1 = np.linalg.norm(latents_KD, axis=1, keepdims=True) / np.linalg.norm(noise_KD, axis=1, keepdims=True)
-    return (noise_KD * lengths_K1).astype(np.float32)
+    scaled_KD: np.ndarray = (noise_KD * lengths_K1).astype(np.float32)
+    return scaled_KD
 
 
 def _decoded(given: EncodedLatents | list[list[float]], shape: tuple[int, int]) -> np.ndarray:

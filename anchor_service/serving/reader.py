@@ -46,7 +46,11 @@ class AnchorReader:
         """Events of a job as they come. Whoever stops listening cancels the job."""
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[list[Event] | BaseException] = asyncio.Queue()
-        cancel = self._thread.submit(job, lambda events: loop.call_soon_threadsafe(arrived.put_nowait, events))
+
+        def arrive(events: list[Event] | BaseException) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, events)
+
+        cancel = self._thread.submit(job, arrive)
         n_open = job.sampling.n
         try:
             while n_open:

@@ -14,34 +14,21 @@ import pytest
 import yaml
 
 from tests.integration.cluster import free_ports
-from tests.integration.helpers import training_tree, write_config
+from tests.integration.helpers import write_config
+from tests.serving import make_run
 
 ROOT = Path(__file__).parents[2]
 _START_LIMIT_S = 120
 
 
 @pytest.fixture(scope="session")
-def trained_run(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps with random models: for tests that care for no answer's truth."""
-    folder = tmp_path_factory.mktemp("trained")
-    tree = training_tree(toy_folder, folder / "run", "local", train={"steps": 2, "checkpoint_every": 2})
-    config = str(write_config(tree, folder / "train.yaml"))
-    command = [sys.executable, "-m", "trainer", "train", "--config", config, "--no-evaluate"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "run"
-
-
-@pytest.fixture(scope="session")
-def serve_config(trained_run: Path, toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """deploy/serve/toy.yaml with that run, its models and a port of its own."""
+def serve_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """deploy/serve/toy.yaml with a run of two steps and a port of its own."""
+    folder = tmp_path_factory.mktemp("served")
     tree = yaml.safe_load((ROOT / "deploy/serve/toy.yaml").read_text())
-    arguments = tree["applications"][0]["args"]
-    arguments["run"] = str(trained_run)
-    for anchor in arguments["anchors"]:
-        anchor["model"] = str(toy_folder / anchor["name"])
+    tree["applications"][0]["args"]["run"] = str(make_run(folder))
     (tree["http_options"]["port"],) = free_ports(1)
-    return write_config(tree, tmp_path_factory.mktemp("served") / "serve.yaml")
+    return write_config(tree, folder / "serve.yaml")
 
 
 @pytest.fixture(scope="session")
