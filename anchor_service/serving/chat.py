@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 from anchor_service.serving.engine import EndEvent, Event, TokenEvent
 from anchor_service.serving.errors import ServiceError, error_body
 from anchor_service.serving.service import Answering, Service
+
+log = logging.getLogger("visual_latents.serving")
 
 
 @dataclass(slots=True)
@@ -71,7 +74,8 @@ async def chat_stream(
         yield "data: [DONE]\n\n"
     except ServiceError as error:
         yield _sse(error_body(error.status, error.code, error.message, request_id))
-    except Exception:  # noqa: BLE001 - a client must never see one
+    except Exception as error:  # noqa: BLE001 - a client must never see one
+        log.info(json.dumps({"request_id": request_id, "failure": f"{type(error).__name__}: {error}"[:500]}))
         yield _sse(error_body(500, "internal_error", "something went wrong here", request_id))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -18,11 +19,19 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _data_url(url: str) -> str:
+    if re.match(_DATA_URL, url, re.ASCII) is None:
+        raise ValueError("no data URL of an image (data:image/png;base64,…); remote images are not fetched")
+    return url
+
+
+_DATA_URL = r"^data:image/[a-zA-Z0-9.+-]+;base64,"
 Text = Annotated[str, AfterValidator(_encodable)]
 DataUrl = Annotated[
     str,
+    AfterValidator(_data_url),
     Field(
-        pattern=r"^data:image/[a-zA-Z0-9.+-]+;base64,",
+        json_schema_extra={"pattern": _DATA_URL},
         description="`data:image/png;base64,…`: PNG, JPEG, WebP, GIF, BMP, TIFF or PPM. No other URL is read.",
         examples=[EXAMPLE_IMAGE],
     ),
