@@ -33,12 +33,21 @@ class ReplicasConfig(Section):
         return self
 
 
+class VllmConfig(Section):
+    """vLLM writes an anchor's answers. Scores and joint answers stay with its own model, which is loaded, too."""
+
+    exported: Path = Field(description="The anchor's language model: python -m anchor_service export.")
+    python: str = Field(description="Interpreter of vLLM's environment, which holds this project too.")
+    memory_share: float = Field(0.5, gt=0, le=1, description="Of the GPU, for vLLM's weights, keys and values.")
+
+
 class ServedAnchorConfig(ReplicasConfig):
     """One frozen reader that answers. Its width must be the generator's."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Model name in the API.")
     model: str = Field(description="Hugging Face folder or hub name.")
     dtype: Dtype = "float32"
+    vllm: VllmConfig | None = Field(None, description="Needs `pool.latent_positions: text` in the run.")
 
     @model_validator(mode="after")
     def _not_joint(self) -> ServedAnchorConfig:

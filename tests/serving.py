@@ -31,10 +31,10 @@ EXAMPLE = (REPOSITORY / "anchor_service/serving/example.png").read_bytes()
 QUESTION = "what color is the triangle?"
 
 
-def make_run(root: Path) -> Path:
+def make_run(root: Path, positions: str = "grid") -> Path:
     """Two training steps with the shipped toy models: a run like `runs/demo`, less well trained."""
     ensure_toy_data(root / "data", TOY_SIZES, seed=3)
-    sections = {"data": {"path": str(root / "data")}, "train": {"steps": 2}, "pool": {"latent_positions": "grid"}}
+    sections = {"data": {"path": str(root / "data")}, "train": {"steps": 2}, "pool": {"latent_positions": positions}}
     train_run(parse_config(training_tree(MODELS, root / "run", **sections), "test"), resume=False)
     return root / "run"
 

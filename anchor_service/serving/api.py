@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from safetensors.numpy import save
@@ -21,10 +20,10 @@ from anchor_service.serving.access import Access
 from anchor_service.serving.chat import chat_completion, chat_stream
 from anchor_service.serving.errors import ServiceError, error_body
 from anchor_service.serving.gate import Gate
+from anchor_service.serving.page import load_page
 from anchor_service.serving.schema import ChatRequest, ErrorResponse, LatentsRequest, ScoreRequest, described
 from anchor_service.serving.service import JOINT, Service
 
-PAGE = Path(__file__).with_name("page.html")
 MOST_LISTED = 16_384
 """Numbers that `format: list` gives at most."""
 _BINARY = "application/octet-stream"
@@ -134,11 +133,11 @@ def _add_state(app: FastAPI, service: Service, registry: CollectorRegistry) -> N
 
 
 def _add_page(app: FastAPI) -> None:
+    served = load_page()
+
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        if not PAGE.is_file():
-            raise ServiceError(404, "no_page", "this service has no page; the API is described at /docs")
-        return FileResponse(PAGE, media_type="text/html")
+        return HTMLResponse(served.html, headers={"Content-Security-Policy": served.policy})
 
 
 def _add_error_handlers(app: FastAPI) -> None:

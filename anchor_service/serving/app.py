@@ -24,9 +24,9 @@ from anchor_service.serving.joint import load_vocabulary
 from anchor_service.serving.reader import AnchorReader
 from anchor_service.serving.service import Service
 from anchor_service.serving.writer import LatentWriter
-from shared.config import parse_section
+from shared.config import Config, parse_section
 from shared.errors import ConfigError
-from shared.messages import Question
+from shared.messages import LatentPositions, Question
 from shared.run_folder import best_checkpoint, run_config
 from shared.serve_config import ReplicasConfig, ServeConfig, ServedAnchorConfig
 from shared.vlm import vlm_config
@@ -119,13 +119,13 @@ def build(args: dict[str, Any]) -> serve.Application:
     run = run_config(config.run)
     best_checkpoint(run)
     shape = (run.generator.latents, _width(run.generator.model))
-    _check_anchors(config, shape[1])
+    _check_anchors(config, run, shape[1])
     limits = config.limits
     generator = _deployment(GeneratorDeployment, "generator", config.generator, limits.requests).bind(config)
     anchors = {
-        anchor.name: _deployment(AnchorDeployment, f"anchor-{anchor.name}", anchor, limits.requests).bind(
-            config, anchor
-        )
+        anchor.name: _deployment(
+            AnchorDeployment, f"anchor-{anchor.name}", anchor, limits.requests, _environment(anchor)
+        ).bind(config, anchor)
         for anchor in config.anchors
     }
     # One more than the gate lets in: it says 429 itself, with its bound. What waits before it is Serve's queue.
@@ -134,7 +134,14 @@ def build(args: dict[str, Any]) -> serve.Application:
     return application
 
 
-def _deployment(cls: Any, name: str, replicas: ReplicasConfig, n_requests: int) -> Any:
+def _environment(anchor: ServedAnchorConfig) -> dict[str, Any]:
+    """Ray's runtime_env: vLLM lives in an environment of its own."""
+    return {} if anchor.vllm is None else {"py_executable": anchor.vllm.python}
+
+
+def _deployment(
+    cls: Any, name: str, replicas: ReplicasConfig, n_requests: int, runtime_env: dict[str, Any] | None = None
+) -> Any:
     scaling: dict[str, Any] = {"num_replicas": replicas.min_replicas}
     if replicas.max_replicas > replicas.min_replicas:
         scaling = {
@@ -147,7 +154,7 @@ def _deployment(cls: Any, name: str, replicas: ReplicasConfig, n_requests: int) 
     return serve.deployment(
         cls,
         name=name,
-        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus, "runtime_env": runtime_env or {}},
         max_ongoing_requests=n_requests,
         max_queued_requests=n_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
@@ -157,8 +164,18 @@ def _deployment(cls: Any, name: str, replicas: ReplicasConfig, n_requests: int) 
     )
 
 
-def _check_anchors(config: ServeConfig, width: int) -> None:
+def _check_anchors(config: ServeConfig, run: Config, width: int) -> None:
     for anchor in config.anchors:
+        if anchor.vllm is not None and run.pool.latent_positions is LatentPositions.GRID:
+            raise ConfigError(
+                f"anchors: {anchor.name}: vLLM gives prompts of embeddings positions one by one, {config.run} was "
+                "trained with pool.latent_positions: grid; drop vllm, or train with latent_positions: text"
+            )
+        if anchor.vllm is not None and not anchor.vllm.exported.is_dir():
+            raise ConfigError(
+                f"anchors: {anchor.name}: vllm.exported: {anchor.vllm.exported}: no such folder; write it: "
+                "python -m anchor_service export"
+            )
         if (found := _width(anchor.model)) != width:
             raise ConfigError(
                 f"anchors: {anchor.name} has width {found}, the generator of {config.run} has {width}; "

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from anchor_service.frozen_anchor import FrozenAnchor
 from anchor_service.serving.concurrency import Batcher, EngineThread
 from anchor_service.serving.continuations import Continuations
 from anchor_service.serving.engine import EndEvent, Engine, Event, Job
+from anchor_service.serving.vllm_engine import VllmEngine
 from shared.config import Config
 from shared.errors import DataError
 from shared.messages import Question, ReadRequest
@@ -37,6 +39,10 @@ class AnchorReader:
         self._frozen = FrozenAnchor(anchor.name, model, run.generator.latents, positions)
         media = latent_media(run.generator.latents, on_grid=positions.value == "grid")
         self._thread = EngineThread(Engine(model, media, engine.rows))
+        self._vllm: VllmEngine | None = None
+        if anchor.vllm is not None:
+            settings = anchor.vllm
+            self._vllm = VllmEngine(anchor.model, settings.exported, anchor.dtype, engine.rows, settings.memory_share)
         self._continuations = Continuations(model, media, engine.continuations)
         self._score: Batcher[ScoreItem, list[list[float]]] = Batcher(
             lambda items: self._thread.call(lambda: self._read(items)), batch_requests
@@ -44,6 +50,12 @@ class AnchorReader:
 
     async def generate(self, job: Job) -> AsyncIterator[list[Event]]:
         """Events of a job as they come. Whoever stops listening cancels the job."""
+        events_of_job = self._decoded(job) if self._vllm is None else self._vllm.generate(job)
+        async with aclosing(events_of_job):
+            async for events in events_of_job:
+                yield events
+
+    async def _decoded(self, job: Job) -> AsyncGenerator[list[Event], None]:
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[list[Event] | BaseException] = asyncio.Queue()
 
@@ -77,11 +89,17 @@ class AnchorReader:
 
     async def state(self) -> dict[str, float]:
         """Counters of the engine, for metrics and tests."""
+        n_vllm = 0 if self._vllm is None else self._vllm.at_work
 
         def take() -> dict[str, float]:
             at_work, waiting = self._thread.engine.load
             counters: dict[str, Any] = dataclasses.asdict(self._thread.engine.counters)
-            return {**counters, "joint_columns": self._continuations.columns, "rows": at_work, "waiting": waiting}
+            return {
+                **counters,
+                "joint_columns": self._continuations.columns,
+                "rows": at_work + n_vllm,
+                "waiting": waiting,
+            }
 
         return await self._thread.call(take)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class VllmEngine:
         )
         self._engine = AsyncLLM.from_engine_args(arguments)
 
-    async def generate(self, job: Job) -> AsyncIterator[list[Event]]:
+    async def generate(self, job: Job) -> AsyncGenerator[list[Event], None]:
         """Events of a job as they come. Whoever stops listening cancels the job."""
         arrived: asyncio.Queue[list[Event] | BaseException] = asyncio.Queue()
         prompt_TD, end_id = self._prompt_embeddings(job)
@@ -96,12 +96,13 @@ class VllmEngine:
     ) -> None:
         """One answer, its events put into a queue; cancelling it aborts vLLM's request."""
         try:
-            async for events in self._events(job, sample, prompt_TD, end_id):
-                arrived.put_nowait(events)
+            async with aclosing(self._events(job, sample, prompt_TD, end_id)) as written:
+                async for events in written:
+                    arrived.put_nowait(events)
         except Exception as error:  # noqa: BLE001 - whoever listens raises it
             arrived.put_nowait(error)
 
-    async def _events(self, job: Job, sample: int, prompt_TD: Tensor, end_id: int) -> AsyncIterator[list[Event]]:
+    async def _events(self, job: Job, sample: int, prompt_TD: Tensor, end_id: int) -> AsyncGenerator[list[Event], None]:
         text = AnswerText(self._prompt.tokenizer, job.sampling.stop)
         n_written = 0
         request = self._engine.generate(
