@@ -23,13 +23,13 @@ from anchor_service.pool import AnchorPool
 from shared.config import Config, dump_config
 from shared.errors import ConfigError, DataError, NonFiniteError, NonFiniteReplyError
 from shared.vlm import load_prompt
+from shared.vlm.generator import Generator
 from trainer.bridge import AnchorDroppedError
 from trainer.checkpoint import CheckpointStore, load_trainer_state
 from trainer.data import ErrorPolicy, load_records, other_parts, readable_records, training_records
 from trainer.data.curriculum import Curriculum
 from trainer.data.records import KindQuestion, Record
 from trainer.data.sampling import Batch, Sampler
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures, OpenedImages, PreparedImages
 from trainer.methods import METHODS
 from trainer.metrics import MetricsWriter
