@@ -56,10 +56,10 @@ def make_loader(config: Config, sampler: Sampler, images: ImagePreparer, microba
 
 
 def ray_of_loader(config: Config) -> AbstractContextManager[None]:
-    """Ray, if the loader needs it, with a CPU beside what the anchors take."""
+    """Ray, if the loader needs it, with two CPUs beside what the anchors take."""
     if config.data.engine == "local":
         return contextlib.nullcontext()
-    return ray_cluster(1 + sum(a.cpus * a.replicas for a in config.anchors if a.placement == "ray"))
+    return ray_cluster(2 + sum(a.cpus * a.replicas for a in config.anchors if a.placement == "ray"))
 
 
 def training_sampler(config: Config, prompt: Prompt) -> tuple[Sequence[Record], Sampler]:
