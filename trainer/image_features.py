@@ -19,9 +19,9 @@ from torch import Tensor
 
 from shared.config import FeatureCacheConfig
 from shared.vlm import ImageTokens
+from shared.vlm.generator import Generator
 from trainer.data.feature_cache import FeatureCache, join_images, split_images, to_device, tower_revision
 from trainer.data.records import Record
-from trainer.generator import Generator
 
 
 @dataclass(frozen=True, slots=True)

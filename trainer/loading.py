@@ -62,10 +62,10 @@ def make_loader(config: Config, sampler: Sampler, images: ImagePreparer, microba
 
 
 def ray_of_loader(config: Config) -> AbstractContextManager[None]:
-    """Ray, if the loader needs it, with a CPU beside what the anchors take."""
+    """Ray, if the loader needs it, with two CPUs beside what the anchors take."""
     if config.data.engine == "local":
         return contextlib.nullcontext()
-    return ray_cluster(1 + sum(a.cpus * a.replicas for a in config.anchors if a.placement == "ray"))
+    return ray_cluster(2 + sum(a.cpus * a.replicas for a in config.anchors if a.placement == "ray"))
 
 
 def training_sampler(config: Config, prompt: Prompt) -> tuple[Sequence[Record], Sampler]:
@@ -76,9 +76,7 @@ def training_sampler(config: Config, prompt: Prompt) -> tuple[Sequence[Record], 
     return records, Sampler(records, t.batch_images, data.questions_per_image, t.seed, curriculum, others)
 
 
-def prepared_parts(
-    batch: Batch, n_parts: int, images: ImagePreparer, seen: Seen, on_error: OnError
-) -> list[Prepared]:
+def prepared_parts(batch: Batch, n_parts: int, images: ImagePreparer, seen: Seen, on_error: OnError) -> list[Prepared]:
     """A batch in equal parts, without the records whose images cannot be read: those go to `on_error`."""
     n = len(batch.records) // n_parts
     parts = []

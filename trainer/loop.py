@@ -21,12 +21,12 @@ from anchor_service.pool import AnchorPool
 from shared.config import Config, dump_config
 from shared.errors import ConfigError, NonFiniteError, NonFiniteReplyError
 from shared.vlm import load_prompt
+from shared.vlm.generator import Generator
 from trainer.bridge import AnchorDroppedError
 from trainer.checkpoint import CheckpointStore, load_trainer_state
 from trainer.data import ErrorPolicy, load_records, readable_records
 from trainer.data.records import Record
 from trainer.data.sampling import Sampler
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.loading import Prepared, make_loader, ray_of_loader, training_sampler
 from trainer.methods import METHODS

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl (one object per step), TensorBoard, Weights & Biases."""
+"""Where numbers go: metrics.jsonl (one object per step), TensorBoard, Weights & Biases, Prometheus where Ray runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from anchor_service.cluster import prometheus_gauge
 from shared.config import Config
 from shared.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+PROMETHEUS_NAME = "visual_latents_training"
+"""One gauge for all numbers of a run: their names, such as anchor_ms/A, are no names of Prometheus."""
 
 
 class MetricsWriter:
@@ -23,9 +27,11 @@ class MetricsWriter:
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard(run_dir, first_step) if config.logging.tensorboard else None
         self._wandb = _wandb(run_dir, config) if config.logging.wandb else None
+        self._gauge = prometheus_gauge(PROMETHEUS_NAME, "The newest step's metrics.", ("run", "metric"))
+        self._run = run_dir.name
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Write one step's values; floats also go to TensorBoard and W&B."""
+        """Write one step's values; numbers also go to TensorBoard, W&B and Prometheus."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
@@ -34,6 +40,9 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
+        if self._gauge is not None:
+            for name, value in {"step": step, **numbers}.items():
+                self._gauge.set(value, {"run": self._run, "metric": name})
 
     def close(self) -> None:
         """Flush everything."""

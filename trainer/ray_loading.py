@@ -38,7 +38,7 @@ class RayLoader:
         self._next = 0
 
     def parts(self, step: int) -> list[Prepared]:
-        """The step's microbatches. Raises DataError naming image and record; ResourceError without a free CPU."""
+        """The step's microbatches. Raises DataError naming image and record; ResourceError without free CPUs."""
         if self._rows is None or step != self._next:
             self._rows = iter(self._stream(step))
         self._next = step + 1
@@ -54,11 +54,12 @@ class RayLoader:
 
     def _stream(self, first: int) -> Iterator[dict[str, Any]]:
         free = int(ray.available_resources().get("CPU", 0.0))
-        if free < 1:
+        if free < 2:
             raise ResourceError(
-                "data.engine: ray needs a CPU beside what the anchors take, and none is free; add a node, lower "
+                f"data.engine: ray needs two CPUs beside what the anchors take, {free} are free; add a node, lower "
                 "anchors[].cpus, or set data.engine: local"
             )
+        # One CPU stays free for the tasks that give the numbers of the steps: workers that held all would wait forever.
         n_steps = self._config.train.steps - first
         steps = ray.data.range(n_steps, override_num_blocks=n_steps)
         steps.context.execution_options.preserve_order = True
@@ -68,7 +69,7 @@ class RayLoader:
             _Worker,
             batch_size=1,
             fn_constructor_args=arguments,
-            concurrency=min(free, _MOST_WORKERS),
+            concurrency=min(free - 1, _MOST_WORKERS),
             num_cpus=1,
             scheduling_strategy="SPREAD",
         )

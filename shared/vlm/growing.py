@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -90,6 +91,31 @@ class GrowingRows:
         for i, layer in enumerate(self._cache.layers):
             cache.update(layer.keys[index], layer.values[index], i)
         return GrowingRows(self.model, cache, self._visible_BS[index], self.next_B[index], self.hidden_BD[index])
+
+    @classmethod
+    def joined(cls, parts: Sequence[GrowingRows]) -> GrowingRows:
+        """The rows of several, in order, of whatever age. Columns that a row never sees again are closed up."""
+        n_columns = max(int(part._visible_BS.sum(dim=1).max()) for part in parts)
+        packed = [part._packed(n_columns) for part in parts]
+        cache = DynamicCache()
+        for i in range(len(parts[0]._cache.layers)):
+            keys, values = zip(*(layers[i] for _, layers in packed), strict=True)
+            cache.update(torch.cat(keys), torch.cat(values), i)
+        visible_BS = torch.cat([visible for visible, _ in packed])
+        next_B = torch.cat([part.next_B for part in parts])
+        return cls(parts[0].model, cache, visible_BS, next_B, torch.cat([part.hidden_BD for part in parts]))
+
+    def _packed(self, n_columns: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Visibility, and keys and values per layer, with each row's visible columns first, of `n_columns` in all."""
+        # A stable sort keeps the order in which they were read.
+        order_BS = (~self._visible_BS).int().argsort(dim=1, stable=True)[:, :n_columns]
+        n_more = n_columns - order_BS.shape[1]
+        layers = []
+        for layer in self._cache.layers:
+            index_BHSd = order_BS[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            keys, values = layer.keys.gather(2, index_BHSd), layer.values.gather(2, index_BHSd)
+            layers.append((F.pad(keys, (0, 0, 0, n_more)), F.pad(values, (0, 0, 0, n_more))))
+        return F.pad(self._visible_BS.gather(1, order_BS), (0, n_more)), layers
 
 
 def _last(hidden_BTD: Tensor, present_BT: Tensor) -> Tensor:

@@ -81,6 +81,11 @@ class Prompt:
             self._branches.popitem(last=False)
         return [[found[question] for question in row] for row in questions]
 
+    def opening(self, question: str) -> tuple[tuple[int, ...], int]:
+        """Token ids of a question up to where an answer begins, and the token that ends the answer's turn."""
+        ((branch,),) = self.branches([[Question(question, "a")]])
+        return branch.token_ids[: branch.answer_start], branch.token_ids[-1]
+
     def _encode_branches(self, questions: Sequence[Question]) -> list[Branch]:
         if not questions:
             return []

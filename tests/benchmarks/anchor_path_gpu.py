@@ -28,6 +28,7 @@ from shared.config import load_config
 from shared.errors import AnchorCallError
 from shared.flops import decoder_size
 from shared.vlm import vlm_config
+from shared.vlm.generator import Generator
 from tests.benchmarks.anchor_path import print_rows
 from tests.benchmarks.bench import N_IMAGES, N_LATENTS, N_QUESTIONS, Bench, read_request
 from tests.benchmarks.models import QWEN_7B, random_weights
@@ -40,7 +41,6 @@ from tests.benchmarks.runs import make_records, open_trainer, run_config
 from tests.benchmarks.step_rows import IMAGE_PX, TINY_IMAGE_PX, step_rows
 from tests.benchmarks.switches import READ_SWITCHES, STEP_SWITCHES
 from tests.benchmarks.timing import interleaved, ratios, result
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 
 COMMAND = "make bench-gpu"

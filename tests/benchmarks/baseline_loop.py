@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from shared.messages import Question
 from shared.vlm import VisionLanguageModel
+from shared.vlm.generator import Generator
 from shared.vlm.prompt import SYSTEM_LINE
 from trainer.data.records import Record
 from trainer.data.sampling import Sampler
-from trainer.generator import Generator
 
 IGNORED = -100
 Questions = Sequence[Sequence[Question]]

@@ -1,6 +1,6 @@
 """The whole way on real CLEVR: two small VLMs from its training split, a generator for one of them, the headline table.
 
-    make clevr-mini        half an hour on two CPU cores; goes on where it was interrupted
+    make clevr-mini        three quarters of an hour on a CPU core; goes on where it was interrupted
 
 Everything is kept in runs/clevr-mini; delete the folder to measure again.
 """

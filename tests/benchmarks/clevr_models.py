@@ -53,7 +53,7 @@ COURSES = (
 
 
 def train_model(course: Course, lessons: Lessons, models: Path, progress: Callable[[int, float], None]) -> float:
-    """Train one model into models/NAME, unless it is there; returns CPU seconds. progress: given every step and its loss."""
+    """Train one model into models/NAME, unless it is there; CPU seconds. progress: given every step and its loss."""
     state_file = models / f"{course.name}.state.pt"
     model = _initial(course, lessons, models)
     model.hf_model.requires_grad_(True)

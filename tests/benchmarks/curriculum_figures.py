@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.run_folder import run_config
 from tests.benchmarks.results import Result, record
 from trainer.data import training_records
 from trainer.data.curriculum import Curriculum
 from trainer.data.sampling import Sampler
-from trainer.evaluation.run import run_config
 from trainer.evaluation.statistics import Figure, over_seeds
 
 SEEDS = (0, 1, 2)

@@ -24,6 +24,7 @@ from shared.config import Config, parse_config
 from shared.flops import forward_flops, input_gradient_flops
 from shared.messages import Gradient, LatentPositions, ReadRequest
 from shared.vlm import load_vlm
+from shared.vlm.generator import Generator
 from tests.benchmarks.results import Result, record
 from tests.sized_models import peak_bytes, sized_config, write_sized
 from trainer.estimate.devices import this_cpu
@@ -31,7 +32,6 @@ from trainer.estimate.memory import activation_bytes, read_bytes
 from trainer.estimate.models import model_facts
 from trainer.estimate.rows import anchor_rows, generator_rows, typical_questions
 from trainer.estimate.step_time import generator_seconds, read_seconds
-from trainer.generator import Generator
 from trainer.toy.world import IMAGE_PX
 
 COMMAND = "python -m tests.benchmarks.estimate_check"

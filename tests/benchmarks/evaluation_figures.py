@@ -25,6 +25,7 @@ from anchor_service.pool import AnchorPool
 from shared.config import Config, load_config
 from shared.messages import Gradient
 from shared.reading import nll_per_image
+from shared.run_folder import trained_generator
 from tests.benchmarks import baseline_loop
 from tests.benchmarks.bench import Bench, read_request
 from tests.benchmarks.demo_figures import RUNS, SEEDS, run
@@ -34,7 +35,6 @@ from tests.benchmarks.timing import interleaved, ratios, result
 from trainer.data import load_records
 from trainer.data.records import Record
 from trainer.evaluation.reading import Reader
-from trainer.evaluation.run import trained_generator
 from trainer.evaluation.statistics import over_seeds
 
 COMMAND = "make evaluation-figures"

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from shared.run_folder import run_config
 from tests.benchmarks.results import Result, record
-from trainer.evaluation.run import run_config
 from trainer.evaluation.statistics import Figure, over_seeds
 
 SEEDS = (0, 1, 2)

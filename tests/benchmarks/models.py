@@ -108,7 +108,7 @@ def random_weights() -> Iterator[None]:
     A model of 16 GB then needs neither a download nor a place on disk.
     """
     with (
-        mock.patch("trainer.generator.load_vlm", _load_random),
+        mock.patch("shared.vlm.generator.load_vlm", _load_random),
         mock.patch("anchor_service.frozen_anchor.load_vlm", _load_random),
     ):
         yield

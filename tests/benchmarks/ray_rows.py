@@ -27,6 +27,7 @@ from anchor_service.wire import WireReply, to_array, to_tensor
 from shared.config import AnchorConfig, Config
 from shared.messages import PROTOCOL_VERSION, Gradient, Handshake, LatentPositions, ReadReply, ReadRequest
 from shared.vlm import ImageTokens, vlm_config
+from shared.vlm.generator import Generator
 from shared.vlm.model import DTYPES
 from tests.benchmarks.bench import N_IMAGES, N_LATENTS, N_QUESTIONS, Bench, random_latents
 from tests.benchmarks.models import TINY, ModelSize, make_questions
@@ -34,7 +35,6 @@ from tests.benchmarks.results import Result
 from tests.benchmarks.runs import make_records, open_trainer, run_config
 from tests.benchmarks.step_rows import TINY_IMAGE_PX
 from tests.benchmarks.timing import interleaved, ratios, result
-from trainer.generator import Generator
 from trainer.loop import Trainer
 
 _REPOSITORY = Path(__file__).parents[2]

@@ -13,11 +13,11 @@ from PIL import Image
 from anchor_service.frozen_anchor import load_frozen_anchor
 from anchor_service.pool import AnchorPool
 from shared.config import Config, parse_config
+from shared.vlm.generator import Generator
 from tests.benchmarks.baseline_loop import BaselineTrainer
 from tests.benchmarks.models import QUESTION_TOKENS, make_questions
 from trainer.data.records import ImageFile, KindQuestion, Record
 from trainer.data.sampling import Sampler
-from trainer.generator import Generator
 from trainer.loop import Trainer
 
 _STEPS = 10_000

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+from shared.vlm.generator import Generator
 from tests.benchmarks.bench import N_IMAGES, N_LATENTS, N_QUESTIONS, Bench
 from tests.benchmarks.models import ModelSize
 from tests.benchmarks.results import Result
 from tests.benchmarks.runs import make_records, open_baseline, open_trainer, run_config
 from tests.benchmarks.switches import STEP_SWITCHES
 from tests.benchmarks.timing import interleaved, ratios, result
-from trainer.generator import Generator
 
 IMAGE_PX = (448, 420)
 """240 image tokens, close to the 239 of the baseline's data."""

@@ -22,7 +22,7 @@ from shared.messages import Gradient, ReadReply, ReadRequest
 from shared.packing import PackedRows
 from shared.reading import AnswerScores, mean_answer_weights, pack_questions, score_answers
 from shared.vlm import CachedPrefix, ImageTokens, VisionLanguageModel
-from trainer.generator import Generator
+from shared.vlm.generator import Generator
 
 Read = Callable[[FrozenAnchor, ReadRequest], ReadReply]
 _ANCHOR = "anchor_service.frozen_anchor"

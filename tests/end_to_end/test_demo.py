@@ -9,10 +9,10 @@ import pytest
 
 from anchor_service.pool import AnchorPool
 from shared.config import load_config
+from shared.vlm.generator import Generator
 from trainer.checkpoint import CheckpointStore
 from trainer.data import load_records
 from trainer.evaluation.suites import SUITES, Session
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 
 ROOT = Path(__file__).parents[2]

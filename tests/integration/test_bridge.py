@@ -19,6 +19,7 @@ from anchor_service.pool import AnchorPool
 from shared.config import GeneratorConfig
 from shared.messages import Gradient, Question
 from shared.vlm import VisionLanguageModel, load_vlm
+from shared.vlm.generator import Generator
 from tests.integration.helpers import (
     LATENTS,
     QUESTIONS,
@@ -31,7 +32,6 @@ from tests.integration.helpers import (
 )
 from tests.tiny_models import FAMILY_NAMES, build_tiny
 from trainer.bridge import AnchorBridge
-from trainer.generator import Generator
 
 MAX_RELATIVE_ERROR = 1e-5
 MODES = (Gradient.FUSED, Gradient.VJP)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from shared.config import parse_config
+from shared.run_folder import run_config
 from tests.integration.helpers import training_tree
 from trainer.data import HELD_OUT_QUESTIONS
-from trainer.evaluation.run import run_config
 from trainer.loop import train_run
 from trainer.metrics import read_metrics
 

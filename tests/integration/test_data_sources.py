@@ -20,7 +20,9 @@ STEPS = 50
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_training_from_every_source(name: str, toy_folder: Path, tmp_path: Path) -> None:
-    tree = training_tree(toy_folder, tmp_path / "run", train={"steps": STEPS, "batch_images": 2, "checkpoint_every": STEPS})
+    tree = training_tree(
+        toy_folder, tmp_path / "run", train={"steps": STEPS, "batch_images": 2, "checkpoint_every": STEPS}
+    )
     tree["data"] = {**SAMPLES[name](tmp_path / "data", ("train", "val")), "questions_per_image": 2}
     assert train_run(parse_config(tree, "test"), resume=False)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -33,6 +33,7 @@ from shared.errors import (
     ResourceError,
 )
 from shared.messages import PROTOCOL_VERSION, Gradient, ReadRequest
+from shared.vlm.generator import Generator
 from tests.integration.helpers import (
     LATENTS,
     QUESTIONS,
@@ -47,7 +48,6 @@ from tests.integration.helpers import (
 )
 from trainer.data import training_records
 from trainer.data.sampling import Sampler
-from trainer.generator import Generator
 from trainer.loop import Trainer, train_run
 from trainer.metrics import read_metrics
 

@@ -46,7 +46,12 @@ def local_loader(config: Config) -> LocalLoader:
     _, sampler = training_sampler(config, load_prompt(config.generator.model))
     images = ImagePreparer(load_vlm(config.generator.model).image_inputs, None)
     return LocalLoader(
-        sampler, images, METHODS[config.method].seen, ErrorPolicy("fail"), Microbatches(t.microbatches, t.batch_images, False), t.steps
+        sampler,
+        images,
+        METHODS[config.method].seen,
+        ErrorPolicy("fail"),
+        Microbatches(t.microbatches, t.batch_images, False),
+        t.steps,
     )
 
 
@@ -74,7 +79,7 @@ def compare(file: Path) -> None:
 def test_two_nodes_give_the_batches_of_the_local_loader(toy_folder: Path, tmp_path: Path) -> None:
     tree = training_tree(toy_folder, tmp_path / "run", train={"steps": STEPS, "batch_images": 4, "microbatches": 2})
     file = write_config(tree, tmp_path / "config.yaml")
-    script = f"from pathlib import Path; from tests.integration.test_ray_loading import compare; compare(Path({str(file)!r}))"
+    script = f"import tests.integration.test_ray_loading as test; test.compare(test.Path({str(file)!r}))"
     with RayCluster(tmp_path) as cluster:
         cluster.add_node({})
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_ADDRESS": cluster.gcs_address}

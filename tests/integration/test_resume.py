@@ -19,8 +19,8 @@ import pytest
 
 from shared.config import load_config, parse_config
 from shared.errors import ConfigError
+from shared.run_folder import run_config
 from tests.integration.helpers import REPOSITORY, training_tree, wait_until, write_config
-from trainer.evaluation.run import run_config
 from trainer.loop import train_run
 from trainer.metrics import read_metrics
 
@@ -146,7 +146,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
     content = (newest / file).read_bytes()
     (newest / file).write_bytes(content[: len(content) // 2])
     resume(interrupted)
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "trainer.checkpoint"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "shared.run_folder"]
     assert warning.startswith(f"{newest}: ")
     assert "damaged" in warning
     assert warning.endswith("; trying the one before")

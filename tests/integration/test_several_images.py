@@ -14,6 +14,7 @@ import torch
 from anchor_service.pool import AnchorPool
 from shared.config import Config, FeatureCacheConfig, parse_config
 from shared.vlm import load_vlm
+from shared.vlm.generator import Generator
 from tests.integration.helpers import training_tree
 from tests.reference import plain_read_images
 from trainer.data.clevr import load_clevr
@@ -22,7 +23,6 @@ from trainer.data.sampling import Sampler
 from trainer.evaluation.benchmarks.reading import read_benchmark
 from trainer.evaluation.pgd import adversarial_latents
 from trainer.evaluation.reading import Reader, latents_of
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.loop import Trainer
 

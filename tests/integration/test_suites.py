@@ -15,6 +15,7 @@ from rich.console import Console
 from shared.config import Config, NormCalibrationConfig, parse_config
 from shared.messages import Question
 from shared.reading import pack_questions, score_answers
+from shared.run_folder import trained_generator
 from shared.vlm import load_vlm
 from tests.integration.helpers import training_tree
 from trainer.data.clevr import load_clevr
@@ -193,7 +194,7 @@ def test_norm_calibration_is_a_switch_of_evaluation(toy_folder: Path, trained: P
     assert "anchors" not in calibrated
     before, after = (result["geometry"]["norms"] for result in (plain, calibrated))
     assert after["image_tokens"] == before["image_tokens"]
-    generator = evaluation_run.trained_generator(config)
+    generator = trained_generator(config)
     records = load_clevr(config.data.path, "test")[:7]
     norms_B = NormCalibration(NormCalibrationConfig()).observe(ImageFeatures(generator, None).of_records(records))
     ends = torch.stack([norms_B.min(), norms_B.max()])

@@ -14,10 +14,10 @@ from anchor_service.pool import AnchorPool
 from shared.config import Config, parse_config
 from shared.messages import ReadRequest
 from shared.vlm import VisionLanguageModel, load_vlm
+from shared.vlm.generator import Generator
 from tests.integration.helpers import QUESTIONS, training_tree
 from trainer.data import training_records
 from trainer.data.sampling import Sampler
-from trainer.generator import Generator
 from trainer.loop import Trainer
 
 STEPS = 20

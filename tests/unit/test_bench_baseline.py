@@ -14,6 +14,7 @@ from shared.flops import decoder_size
 from shared.messages import Gradient, LatentPositions, ReadRequest
 from shared.reading import nll_per_image
 from shared.vlm import load_vlm
+from shared.vlm.generator import Generator
 from tests.benchmarks import baseline_loop
 from tests.benchmarks.models import (
     ANSWER_TOKENS,
@@ -29,7 +30,6 @@ from tests.benchmarks.read_flops import loop_read_flops, packed_read_flops
 from tests.benchmarks.runs import make_records, open_baseline, open_trainer, run_config
 from tests.benchmarks.switches import READ_SWITCHES, STEP_SWITCHES
 from tests.reference import max_relative_error
-from trainer.generator import Generator
 
 N_IMAGES, N_LATENTS, N_QUESTIONS = 3, 16, 2
 LATENTS_BKD = torch.randn(N_IMAGES, N_LATENTS, TINY.width, generator=torch.Generator().manual_seed(1))

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shared.errors import AnchorCallError
 from shared.flops import decoder_size
+from shared.vlm.generator import Generator
 from tests.benchmarks import anchor_path_gpu, results
 from tests.benchmarks.anchor_path_gpu import NEEDS_GPU, PARTS, Part, run_part
 from tests.benchmarks.bench import Bench
@@ -20,7 +21,6 @@ from tests.benchmarks.models import TINY, build_folder
 from tests.benchmarks.read_flops import generator_flops
 from tests.benchmarks.results import Result, record, record_unmeasured
 from tests.benchmarks.runs import make_records, run_config
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 
 HERE = [name for name in PARTS if name != "sharing"]

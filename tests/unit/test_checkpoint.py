@@ -14,9 +14,9 @@ import torch
 
 from shared.config import GeneratorConfig
 from shared.errors import CheckpointError
-from trainer import checkpoint as checkpoint_module
+from shared.run_folder import digest
+from shared.vlm.generator import Generator
 from trainer.checkpoint import CheckpointStore, load_trainer_state
-from trainer.generator import Generator
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_only_plain_values_are_unpickled(tmp_path, generator):
     folder = save(store, generator, 1)
     torch.save({"hook": builtins.print}, folder / "trainer_state.pt")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["trainer_state.pt"] = checkpoint_module._digest(folder / "trainer_state.pt")
+    manifest["files"]["trainer_state.pt"] = digest(folder / "trainer_state.pt")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_trainer_state(store.newest())

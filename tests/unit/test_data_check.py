@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 from shared.config import parse_config
 from shared.packing import Branch
 from shared.vlm import load_vlm
+from shared.vlm.generator import Generator
 from tests.data_samples import picture, png
 from tests.integration.helpers import training_tree, write_config
 from trainer.cli import app
 from trainer.data import load_records
 from trainer.data.check import check_data, examples, visual_tokens
 from trainer.data.show import anchor_prompt, generator_prompt, show_data
-from trainer.generator import Generator
 from trainer.report.data_page import print_check, write_page
 
 

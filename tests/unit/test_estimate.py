@@ -18,6 +18,7 @@ from shared.messages import Question
 from shared.packing import latent_media
 from shared.reading import pack_questions, score_answers
 from shared.vlm import ImageTokens, VisionLanguageModel, load_processor, load_vlm
+from shared.vlm.generator import Generator
 from shared.vlm.model import DTYPES
 from tests.sized_models import peak_bytes, sized_config, write_sized
 from tests.tiny_models import build_tiny
@@ -25,7 +26,6 @@ from trainer.estimate import print_estimate
 from trainer.estimate.memory import ProcessMemory, activation_bytes, estimate_memory, kept_per_layer, read_bytes
 from trainer.estimate.models import lora_parameters, model_facts, models_of
 from trainer.estimate.rows import Rows, typical_questions
-from trainer.generator import Generator
 from trainer.toy.tiny_vlms import new_model, save_folder
 from trainer.toy.world import IMAGE_PX
 

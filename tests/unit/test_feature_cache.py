@@ -21,13 +21,13 @@ from anchor_service.pool import AnchorPool
 from shared.config import Config, FeatureCacheConfig, GeneratorConfig, parse_config
 from shared.errors import ConfigError, DataError
 from shared.vlm import ImageTokens, VisionLanguageModel, load_vlm
+from shared.vlm.generator import Generator
 from tests.tiny_models import FAMILY_NAMES
 from trainer.data import load_records, training_records
 from trainer.data.feature_cache import FeatureCache, join_images, split_images, tower_revision
 from trainer.data.records import ImageFile, Record
 from trainer.data.sampling import Sampler
 from trainer.evaluation.reading import latents_of
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.loop import Trainer
 from trainer.toy.dataset import ensure_toy_data

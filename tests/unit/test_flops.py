@@ -23,10 +23,10 @@ from shared.messages import Question
 from shared.packing import Media, block_mask
 from shared.reading import pack_questions
 from shared.vlm import ImageTokens
+from shared.vlm.generator import Generator
 from tests.conftest import TinyFolder, TinyModel
 from tests.tiny_models import FAMILY_NAMES
 from trainer.estimate.models import lora_parameters, model_facts
-from trainer.generator import Generator
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -10,13 +10,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from shared.config import NormCalibrationConfig, load_config
+from shared.run_folder import run_config, trained_generator
 from tests.integration.helpers import training_tree, write_config
 from tests.reference import max_relative_error, plain_prompt
 from tests.tiny_models import FAMILY_NAMES
 from tests.unit.test_generator import disturb, make_generator
 from trainer.cli import app
 from trainer.data import load_records
-from trainer.evaluation.run import run_config, trained_generator
 from trainer.gap.norms import fit_pca, measure_latents, measure_norms, visual_embeddings
 from trainer.gap.pca import load_pca
 from trainer.loop import train_run

@@ -11,9 +11,9 @@ from shared.errors import CheckpointError
 from shared.messages import Question
 from shared.reading import pack_questions, score_answers
 from shared.vlm import VisionLanguageModel, load_vlm
+from shared.vlm.generator import LATENT_END, LATENT_START, Generator
 from tests.reference import max_relative_error, plain_prompt
 from tests.tiny_models import FAMILY_NAMES, VOCABULARY, WIDTH
-from trainer.generator import LATENT_END, LATENT_START, Generator
 
 K = 4
 

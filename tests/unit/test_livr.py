@@ -22,6 +22,7 @@ from shared.errors import ConfigError
 from shared.messages import Question
 from shared.packing import block_mask
 from shared.vlm import ImageTokens
+from shared.vlm.generator import Generator
 from tests.integration.helpers import training_tree
 from tests.reference import max_relative_error
 from tests.tiny_models import WIDTH
@@ -31,7 +32,6 @@ from trainer.data.records import KindQuestion, Record
 from trainer.data.sampling import Batch
 from trainer.evaluation.run import evaluate_run
 from trainer.evaluation.usage import SelfReading, _latent_cache, _mask_with_foreign_latents
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.loop import train_run
 from trainer.methods import chosen_suites, with_checked_method

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from shared.config import NormCalibrationConfig
 from shared.errors import ConfigError
+from shared.run_folder import run_config
 from shared.vlm import ImageTokens
 from tests.unit.test_generator import disturb, make_generator
 from trainer.evaluation.reading import latents_of, latents_of_images
-from trainer.evaluation.run import run_config
 from trainer.image_features import ImageFeatures
 from trainer.norm_calibration import NormCalibration, rescale, start_calibration
 

@@ -7,10 +7,10 @@ import torch
 
 from anchor_service.pool import AnchorPool
 from shared.config import parse_config
+from shared.vlm.generator import Generator
 from tests.unit.test_generator import disturb, make_generator
 from trainer.evaluation.pgd import adversarial_latents
 from trainer.evaluation.reading import Reader, latents_of
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 
 LEVELS = 1.0

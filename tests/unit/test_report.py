@@ -20,13 +20,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from shared.errors import DataError
+from shared.vlm.generator import Generator
+from shared.vlm.latent_attention import attention_map, latent_attention
 from tests.report_run import ANCHORS, N_IMAGES, SWAPS, K, write_run
 from tests.unit.test_generator import K as GENERATOR_K
 from tests.unit.test_generator import disturb, make_generator
 from trainer.cli import app
-from trainer.generator import Generator
 from trainer.report import charts, tables
-from trainer.report.attention import attention_map, latent_attention
 from trainer.report.images import attention_pictures, gallery
 from trainer.report.page import Table
 from trainer.report.results import Figure, load_results

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from shared.errors import ModelError
+from shared.vlm.generator import Generator
+from shared.vlm.latent_attention import LatentAttention, attention_map, latent_attention
 from tests.tiny_models import FAMILY_NAMES
 from tests.unit.test_generator import K, disturb, make_generator
-from trainer.generator import Generator
-from trainer.report.attention import LatentAttention, attention_map, latent_attention
 
 GRID_FAMILIES = [name for name in FAMILY_NAMES if name != "llava_onevision"]
 """LLaVA-OneVision's tiles and line ends lie on no single grid."""

@@ -47,8 +47,8 @@ def norms(
     """
     from shared.config import DataConfig
     from shared.errors import ConfigError
+    from shared.run_folder import run_config
     from trainer.data import load_records
-    from trainer.evaluation.run import run_config
     from trainer.gap.norms import norms_of_model, norms_of_run, print_norms, write_norms
     from trainer.progress import track
 
@@ -93,9 +93,9 @@ def pca(
     """
     from shared.config import DataConfig
     from shared.vlm import load_vlm
+    from shared.vlm.generator import resolve_device
     from trainer.data import load_records
     from trainer.gap.norms import fit_pca
-    from trainer.generator import resolve_device
     from trainer.progress import track
 
     console = Console()

@@ -38,8 +38,9 @@ def train(
     from anchor_service.cluster import ray_if_needed
     from shared.config import dump_config, load_config
     from shared.errors import ConfigError
+    from shared.run_folder import run_config
     from trainer.data import prepare_data
-    from trainer.evaluation.run import evaluate_run, run_config
+    from trainer.evaluation.run import evaluate_run
     from trainer.loop import train_run
     from trainer.methods import chosen_suites, with_checked_method
 
@@ -105,8 +106,9 @@ def evaluate(
         python -m trainer evaluate runs/demo --suite all --anchors A,C
     """
     from anchor_service.cluster import ray_if_needed
+    from shared.run_folder import run_config
     from trainer.data import prepare_data
-    from trainer.evaluation.run import chosen_anchors, evaluate_run, run_config
+    from trainer.evaluation.run import chosen_anchors, evaluate_run
     from trainer.methods import chosen_suites
 
     console = Console()

@@ -14,7 +14,7 @@ from trainer.data.check import examples, visual_tokens
 from trainer.data.records import Record
 
 LATENT_START, LATENT_END = "<|latent_start|>", "<|latent_end|>"
-"""As trainer/generator.py names them, which loads torch and peft."""
+"""As shared/vlm/generator.py names them, which loads torch and peft."""
 
 
 def show_data(config: Config, split: str, n: int, seed: int, console: Console) -> None:

@@ -16,7 +16,7 @@ from shared.config import Config, LoraConfig
 from shared.flops import DecoderSize, TowerSize, decoder_size
 from shared.vlm import Prompt, load_prompt, vlm_config
 from shared.vlm.families import family_of
-from trainer.generator import lora_target_pattern
+from shared.vlm.generator import lora_target_pattern
 from trainer.toy.world import IMAGE_PX
 
 _CLEVR_PX = (320, 480)

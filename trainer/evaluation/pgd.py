@@ -14,10 +14,10 @@ from torch import Tensor
 
 from anchor_service.pool import AnchorPool
 from shared.messages import Gradient
+from shared.vlm.generator import Generator
 from trainer.bridge import AnchorBridge
 from trainer.data.records import Record
 from trainer.evaluation.reading import batched
-from trainer.generator import Generator
 from trainer.norm_calibration import NormCalibration, rescale
 
 LEVELS = 8.0

@@ -28,10 +28,10 @@ from shared.config import Config
 from shared.errors import AnchorLostError
 from shared.messages import ReadReply, ReadRequest
 from shared.vlm import ImageTokens
+from shared.vlm.generator import Generator
 from trainer.data.records import Record
 from trainer.evaluation.causal import swap_images
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.norm_calibration import NormCalibration
 

@@ -13,25 +13,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from anchor_service.pool import AnchorPool
-from shared.config import AnchorConfig, Config, load_config
-from shared.errors import CheckpointError, ConfigError
-from trainer.checkpoint import Checkpoint, CheckpointStore
+from shared.config import AnchorConfig, Config
+from shared.errors import ConfigError
+from shared.run_folder import Checkpoint, best_checkpoint, run_config, trained_generator
 from trainer.data import ErrorPolicy, load_records, readable_records
 from trainer.evaluation.suites import SUITES, Session, against, failure_gallery
 from trainer.evaluation.tables import print_tables
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 
 EVALUATION_FILE = "evaluation.json"
 _SECTIONS = {"reading": "anchors"}
 """Sections of the file are named after their suites, but for this one."""
-
-
-def run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a run folder, with `run.dir` where the folder lies now."""
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir}: not a run folder (no config.yaml); give the folder that train wrote")
-    return load_config(run_dir / "config.yaml", [f"run.dir={run_dir}", *overrides])
 
 
 def evaluate_run(
@@ -49,7 +41,7 @@ def evaluate_run(
     that it lacks; one that was finished is measured anew. Sections of suites that were not asked for stay as long as
     checkpoint, split, images, seed and anchors are the same.
     """
-    checkpoint = _best_checkpoint(config)
+    checkpoint = best_checkpoint(config)
     chosen = chosen_anchors(config, anchors)
     test = load_records(config.data, config.data.test_split)
     records = readable_records(test, config.evaluation.images, ErrorPolicy(config.data.on_error))
@@ -83,20 +75,6 @@ def evaluate_run(
     unfinished.unlink(missing_ok=True)
     print_tables(result, [_section(suite) for suite in suites] + ["against"] * (other_run is not None), console)
     return result
-
-
-def _best_checkpoint(config: Config) -> Checkpoint:
-    checkpoint = CheckpointStore(config.run.dir, config.train.keep_checkpoints).best()
-    if checkpoint is None:
-        raise CheckpointError(f"{config.run.dir}: no checkpoint to evaluate; train first")
-    return checkpoint
-
-
-def trained_generator(config: Config) -> Generator:
-    """The generator of a run with its best checkpoint. Raises CheckpointError."""
-    generator = Generator(config.generator, config.train.seed)
-    generator.load_adapter(_best_checkpoint(config).folder)
-    return generator
 
 
 def _other_session(run_dir: Path, session: Session) -> Session:

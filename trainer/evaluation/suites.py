@@ -31,6 +31,7 @@ from shared.messages import LatentPositions, Question
 from shared.packing import latent_media
 from shared.reading import pack_questions
 from shared.vlm import nearly_square, pooled_image_tokens
+from shared.vlm.generator import Generator
 from trainer.data import ErrorPolicy, readable_records, training_records
 from trainer.data.records import Record
 from trainer.evaluation import geometry
@@ -58,7 +59,6 @@ from trainer.evaluation.transfer import FIT_IMAGES, read_through_projectors
 from trainer.evaluation.usage import SelfReading
 from trainer.evaluation.verdict import VERDICT_TESTS, lost_share, paired_differences, verdict
 from trainer.evaluation.writing import ResponseReading, response_reading
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.methods import METHODS, self_reader
 from trainer.methods.gap import GapMethod

@@ -27,7 +27,7 @@ from shared.messages import Question
 from shared.packing import block_mask, unpack
 from shared.reading import AnswerScores
 from shared.vlm import ImageTokens
-from trainer.attention import attention_of, one_query
+from shared.vlm.attention import attention_of, one_query
 from trainer.data.records import Record
 from trainer.data.sampling import derangement
 from trainer.evaluation.reading import Outcome, batched

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from shared.config import Config, NormCalibrationConfig
 from shared.errors import CheckpointError
 from shared.vlm import GrowingRows
+from shared.vlm.generator import Generator
 from trainer.checkpoint import CheckpointStore, load_trainer_state
 from trainer.data.records import Record
 from trainer.evaluation.reading import Outcome, batched
 from trainer.gap.generation import Written, generate, greedy
 from trainer.gap.heads import head_of_state
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.methods.gap import GapOptions, ResponseLayout
 from trainer.norm_calibration import NormCalibration

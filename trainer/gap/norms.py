@@ -23,12 +23,12 @@ from torch import Tensor
 from shared.config import Config, NormCalibrationConfig
 from shared.packing import PADDING
 from shared.reading import pack_questions
+from shared.run_folder import trained_generator
 from shared.vlm import ImageTokens, VisionLanguageModel, load_vlm
+from shared.vlm.generator import resolve_device
 from shared.vlm.hidden import hidden_states
 from trainer.data.records import Record
-from trainer.evaluation.run import trained_generator
 from trainer.gap.pca import IncrementalPca, VisualPca, load_pca
-from trainer.generator import resolve_device
 from trainer.norm_calibration import NormCalibration
 from trainer.report.drawing import curves, draw
 

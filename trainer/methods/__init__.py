@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shared.config import Config, parse_section
 from shared.errors import ConfigError
-from trainer.generator import Generator
+from shared.vlm.generator import Generator
 from trainer.methods.anchored import AnchoredMethod
 from trainer.methods.base import Method
 from trainer.methods.gap import GapMethod

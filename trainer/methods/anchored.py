@@ -23,11 +23,11 @@ from shared.config import Config, Section
 from shared.errors import NonFiniteError
 from shared.messages import Gradient
 from shared.vlm import ImageTokens, nearly_square, pooled_image_tokens
+from shared.vlm.generator import Generator
 from trainer.bridge import AnchorBridge, PendingRead
 from trainer.data.records import Record
 from trainer.data.sampling import Batch
 from trainer.evaluation.reading import mean_nll
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.losses import ConceptHead, concept_loss, half_cosine, nll_multi, norm_loss
 from trainer.methods.base import LossParts, Method

@@ -13,9 +13,9 @@ from anchor_service.pool import AnchorPool
 from shared.config import Config, Section
 from shared.messages import ReadReply
 from shared.vlm import ImageTokens
+from shared.vlm.generator import Generator
 from trainer.data.records import Record
 from trainer.data.sampling import Batch
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.losses import lr_share
 

@@ -41,6 +41,7 @@ from shared.likelihood import token_logprobs
 from shared.messages import Question
 from shared.packing import Branch, PackedRows, block_mask, pack_rows
 from shared.vlm import ImageTokens, Prompt, pooled_image_tokens
+from shared.vlm.generator import Generator
 from trainer.data.records import KindQuestion, Record
 from trainer.data.sampling import Batch
 from trainer.difficulty import Difficulty, load_difficulty
@@ -60,7 +61,6 @@ from trainer.gap.response import (
     THINK_END,
     parse_response,
 )
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.losses import coefficient_loss
 from trainer.methods.base import LossParts, Method

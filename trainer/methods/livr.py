@@ -43,11 +43,11 @@ from shared.messages import Gradient, Question
 from shared.packing import PREFIX, Branch, Media, PackedRows, block_mask, pack_rows
 from shared.reading import AnswerScores, mean_answer_weights
 from shared.vlm import ImageTokens, Prompt
+from shared.vlm.generator import Generator
 from trainer.bridge import AnchorBridge, PendingRead
 from trainer.data.records import Record
 from trainer.data.sampling import Batch
 from trainer.evaluation.reading import batched
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
 from trainer.losses import lr_share, nll_multi
 from trainer.methods.base import LossParts, Method

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from shared.vlm.latent_attention import RULES, AttentionRule
 from trainer.data.records import Record
-from trainer.report.attention import RULES, AttentionRule
 from trainer.report.drawing import draw, heat_tiles
 from trainer.report.page import GalleryCard, Picture
 from trainer.report.results import Failure, RunResults

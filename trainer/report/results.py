@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.config import Config
 from shared.errors import DataError
-from trainer.evaluation.run import EVALUATION_FILE, run_config
+from shared.run_folder import run_config
+from trainer.evaluation.run import EVALUATION_FILE
 from trainer.metrics import read_metrics
 from trainer.report.states import States
 

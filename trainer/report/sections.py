@@ -9,9 +9,9 @@ from dataclasses import replace
 from importlib import metadata
 
 from shared.config import dump_config
+from shared.vlm.latent_attention import RULES, AttentionRule
 from trainer.methods import METHODS
 from trainer.report import charts, tables
-from trainer.report.attention import RULES, AttentionRule
 from trainer.report.images import attention_pictures, gallery
 from trainer.report.page import Listing, Picture, Section, Table
 from trainer.report.results import Evaluation, RunResults

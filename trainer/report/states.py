@@ -16,15 +16,15 @@ from PIL import Image
 
 from shared.config import Config
 from shared.errors import CheckpointError
+from shared.run_folder import Checkpoints
+from shared.vlm.generator import Generator
 from shared.vlm.hidden import hidden_states
-from trainer.checkpoint import CheckpointStore
+from shared.vlm.latent_attention import AttentionRule, attention_map, latent_attention
 from trainer.data import load_records
 from trainer.data.records import Record
 from trainer.evaluation.reading import batched
 from trainer.evaluation.suites import answer_states
-from trainer.generator import Generator
 from trainer.image_features import ImageFeatures
-from trainer.report.attention import AttentionRule, attention_map, latent_attention
 
 _STATE_IMAGES = 64
 _NORM_IMAGES = 16
@@ -51,7 +51,7 @@ def measure_states(config: Config, rule: AttentionRule) -> States:
     Raises CheckpointError, DataError or ModelError where checkpoint, images or model are missing.
     """
     records = load_records(config.data, config.data.test_split)[:_STATE_IMAGES]
-    checkpoint = CheckpointStore(config.run.dir, config.train.keep_checkpoints).best()
+    checkpoint = Checkpoints(config.run.dir).best()
     if checkpoint is None:
         raise CheckpointError(f"{config.run.dir}: no checkpoint is left to take states from")
     generator = Generator(config.generator, config.train.seed)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from shared.errors import VisualLatentsError
+from shared.vlm.latent_attention import AttentionRule
 from trainer.methods import METHODS
-from trainer.report.attention import AttentionRule
 from trainer.report.page import Page, render
 from trainer.report.results import RunResults, load_results
 from trainer.report.sections import build_sections

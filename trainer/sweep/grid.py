@@ -13,7 +13,7 @@ import yaml
 
 from shared.config import Config, load_config
 from shared.errors import ConfigError
-from trainer.evaluation.run import run_config
+from shared.run_folder import run_config
 from trainer.methods import with_checked_method
 
 _SHORT = {"K": "generator.latents"}

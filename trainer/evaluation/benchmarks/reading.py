@@ -15,11 +15,11 @@ from PIL import Image
 
 from anchor_service.pool import AnchorPool
 from shared.messages import Question, ReadReply, ReadRequest
+from shared.vlm.generator import Generator
 from trainer.data.images import load_image
 from trainer.evaluation.benchmarks import likelihood_answer, load_benchmark, score
 from trainer.evaluation.benchmarks.records import BenchmarkRecord
 from trainer.evaluation.reading import batched, latents_of_images
-from trainer.generator import Generator
 from trainer.norm_calibration import NormCalibration
 
 

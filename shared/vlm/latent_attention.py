@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from shared.errors import ModelError
-from trainer.attention import attention_of, last_queries
-from trainer.generator import Generator
+from shared.vlm.attention import attention_of, last_queries
+from shared.vlm.generator import Generator
 
 AttentionRule = Literal["mean", "last", "rollout"]
 RULES: dict[AttentionRule, str] = {
@@ -72,7 +72,8 @@ def attention_map(attention: LatentAttention, rule: AttentionRule) -> Tensor:
         weights_KT = _rollout(weights_LKT)
     rows, columns = attention.grid
     first = attention.first_image_column
-    return weights_KT[:, first : first + rows * columns].unflatten(1, (rows, columns))
+    map_KIJ: Tensor = weights_KT[:, first : first + rows * columns].unflatten(1, (rows, columns))
+    return map_KIJ
 
 
 def _rollout(weights_LKT: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from shared.config import GeneratorConfig
 from shared.errors import CheckpointError
 from shared.messages import PROTOCOL_VERSION, Handshake
 from shared.packing import Branch, PackedRows, block_mask, pack_rows
-from shared.vlm import ImageTokens, load_vlm
+from shared.vlm.model import ImageTokens, load_vlm
 
 _SCALE_FILE = "latents.json"
 LATENT_START, LATENT_END = "<|latent_start|>", "<|latent_end|>"
@@ -104,7 +104,8 @@ class Generator:
         rows = rows.to(self.model.device)
         hidden_BTD = self.hidden_states(rows, tokens, block_mask(rows.segments_BT))
         latents_ND = hidden_BTD[rows.predict_N2[:, 0], rows.predict_N2[:, 1]]
-        return (self.output_scale * latents_ND).unflatten(0, (-1, self.n_latents)).to(self.model.dtype)
+        latents_BKD: Tensor = (self.output_scale * latents_ND).unflatten(0, (-1, self.n_latents))
+        return latents_BKD.to(self.model.dtype)
 
     def hidden_states(
         self,

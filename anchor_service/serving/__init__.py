@@ -1,0 +1,1 @@
+"""The service: images and questions in, answers, scores and latents out, over HTTP on Ray Serve."""
