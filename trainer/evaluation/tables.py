@@ -128,7 +128,8 @@ def print_usage(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     if norms := section.get("norms"):
         visual = norms["visual embeddings"]
-        ratios = ", ".join(f"{name} {norms[name] / visual:.3g}" for name in ("normal", "calibrated"))
+        names = [name for name in ("normal", "calibrated") if name in norms]
+        ratios = ", ".join(f"{name} {norms[name] / visual:.3g}" for name in names) or "none written"
         console.print(f"length of latents, in that of visual embeddings: {ratios}; spans opened: {norms['spans']:.1%}")
     if "attention_to_latents" in section:
         console.print(

@@ -87,7 +87,9 @@ class ResponseReading:
         return Outcome(np.array(hits), nothing_N, nothing_N)
 
     def norms(self) -> dict[str, float]:
-        """Mean L2 norms of latents as they were fed back and of visual embeddings, and the share of spans opened."""
+        """Mean L2 norms of latents as they were fed back (absent without any) and of visual embeddings; share of
+        responses with a span.
+        """
         found = {name: [_latents(r) for r in self.responses(name)] for name in ("normal", "calibrated")}
         norms = {name: [float(v.float().norm()) for one in every for v in one] for name, every in found.items()}
         visual = [
@@ -95,7 +97,7 @@ class ResponseReading:
             for chunk in batched(self.records, self.batch_images)
             for norm in torch.cat(self.features.of_records(chunk).tokens).float().norm(dim=-1)
         ]
-        means = {name: float(np.mean(values)) if values else float("nan") for name, values in norms.items()}
+        means = {name: float(np.mean(values)) for name, values in norms.items() if values}
         spans = float(np.mean([len(latents) > 0 for latents in found["normal"]]))
         return {**means, "visual embeddings": float(np.mean(visual)), "spans": spans}
 
