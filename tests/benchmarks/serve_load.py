@@ -208,7 +208,13 @@ def latents_rows() -> list[Result]:
     """What K latents cost the anchor: seconds of one request alone, and bytes of keys and values."""
     model = load_vlm(str(MODELS / "A")).freeze()
     config = model.hf_model.config.get_text_config()
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    per_token = (
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * (config.hidden_size // config.num_attention_heads)
+        * 4
+    )
     times: dict[int, list[float]] = {k: [] for k in LATENTS}
     for _ in range(40):
         for k in LATENTS:
