@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= disabled
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-vllm test-fast lint format models seeds model-figures evaluation-figures livr-figures curriculum-figures data-figures bench bench-gpu page-examples clean
+.PHONY: help setup demo test test-vllm test-fast lint format models seeds model-figures evaluation-figures livr-figures gap-figures clevr-mini curriculum-figures data-figures bench bench-gpu page-examples clean
 
 help:            ## list targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
@@ -67,6 +67,12 @@ evaluation-figures: setup  ## measure verdicts, transfer and cost of the suites 
 
 livr-figures: setup  ## measure LIVR, its controls and the usage test on toy tasks, three seeds
 	$(RUN) -m tests.benchmarks.livr_figures
+
+gap-figures: setup  ## measure GAP on toy tasks: heads, calibration, token budgets, where latents are taught, three seeds
+	$(RUN) -m tests.benchmarks.gap_figures
+
+clevr-mini: setup  ## real CLEVR the whole way: two small models, a generator, the headline table (45 minutes)
+	$(RUN) -m tests.benchmarks.clevr_mini
 
 curriculum-figures: setup  ## measure curricula beside none at equal steps, three seeds
 	$(RUN) -m tests.benchmarks.curriculum_figures

@@ -188,6 +188,15 @@ class DataConfig(Section):
     )
     max_images: int | None = Field(None, ge=2, description="Use only the first n images of the training split.")
     feature_cache: FeatureCacheConfig | None = Field(None, description="None: the tower sees every image every time.")
+    engine: Literal["local", "ray"] = Field(
+        "local", description="What makes images ready: threads of the trainer, or Ray Data on all nodes of the cluster."
+    )
+
+    @model_validator(mode="after")
+    def _cache_is_local(self) -> DataConfig:
+        if self.engine == "ray" and self.feature_cache is not None:
+            raise ValueError("engine: ray reads images on other machines, feature_cache on this one; drop one of them")
+        return self
 
 
 class LossConfig(Section):
@@ -283,6 +292,12 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _ray_cuts_batches_as_told(self) -> Config:
+        if self.data.engine == "ray" and self.train.microbatches == "auto":
+            raise ValueError("train.microbatches: auto cannot try cuts out with data.engine: ray; set a number")
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:

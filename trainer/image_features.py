@@ -1,4 +1,4 @@
-"""From records to image tokens in three steps, the first two of which run in the loader thread.
+"""From records to image tokens in three steps, the first two of which run in the loader's threads or processes.
 
     open       read a record's images; look their features up in the cache, or decode them
     prepare    the image processor, unless every image was in the cache
@@ -11,7 +11,7 @@ image among two, three or 32, which all agree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -54,12 +54,11 @@ class PreparedImages:
     hit_share: float = 1.0
 
 
-class ImageFeatures:
-    """The generator's view of images, with or without a cache."""
+class ImagePreparer:
+    """The two steps that need no weights. image_inputs: the image processor."""
 
-    def __init__(self, generator: Generator, config: FeatureCacheConfig | None):
-        self._generator = generator
-        self._cache = None if config is None else FeatureCache(config, tower_revision(generator.model))
+    def __init__(self, image_inputs: Callable[[Sequence[Image.Image]], dict[str, Tensor]], cache: FeatureCache | None):
+        self._image_inputs, self._cache = image_inputs, cache
 
     def open(self, record: Record) -> OpenedImages:
         """Read one record's images. Raises DataError naming image and record."""
@@ -80,10 +79,19 @@ class ImageFeatures:
         cached = [content for content in contents if isinstance(content, ImageTokens)]
         if len(cached) == len(contents):
             return PreparedImages(per_row, join_images(cached))
-        inputs = self._generator.model.image_inputs([picture for record in records for picture in record.pictures()])
+        inputs = self._image_inputs([picture for record in records for picture in record.pictures()])
         keys = [key for record in records for key in record.keys]
         missing = {key: i for i, key in enumerate(keys) if isinstance(contents[i], Image.Image)}
         return PreparedImages(per_row, None, inputs, missing, len(cached) / len(contents))
+
+
+class ImageFeatures(ImagePreparer):
+    """The generator's view of images, with or without a cache."""
+
+    def __init__(self, generator: Generator, config: FeatureCacheConfig | None):
+        cache = None if config is None else FeatureCache(config, tower_revision(generator.model))
+        super().__init__(generator.model.image_inputs, cache)
+        self._generator = generator
 
     def tokens(self, images: PreparedImages) -> ImageTokens:
         """Visual tokens of a batch, on the generator's device, without a graph."""

@@ -11,26 +11,24 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 
 from anchor_service.pool import AnchorPool
 from shared.config import Config, dump_config
-from shared.errors import ConfigError, DataError, NonFiniteError, NonFiniteReplyError
+from shared.errors import ConfigError, NonFiniteError, NonFiniteReplyError
 from shared.vlm import load_prompt
 from shared.vlm.generator import Generator
 from trainer.bridge import AnchorDroppedError
 from trainer.checkpoint import CheckpointStore, load_trainer_state
-from trainer.data import ErrorPolicy, load_records, other_parts, readable_records, training_records
-from trainer.data.curriculum import Curriculum
-from trainer.data.records import KindQuestion, Record
-from trainer.data.sampling import Batch, Sampler
-from trainer.image_features import ImageFeatures, OpenedImages, PreparedImages
+from trainer.data import ErrorPolicy, load_records, readable_records
+from trainer.data.records import Record
+from trainer.data.sampling import Sampler
+from trainer.image_features import ImageFeatures
+from trainer.loading import Prepared, make_loader, ray_of_loader, training_sampler
 from trainer.methods import METHODS
 from trainer.metrics import MetricsWriter
 from trainer.microbatches import Microbatches
@@ -40,17 +38,7 @@ from trainer.progress import TrainProgress
 log = logging.getLogger(__name__)
 
 _PROBE_IMAGES = 16
-_STEPS_AHEAD = 2
-"""Steps whose images are loaded at once: one thread makes four images of a megapixel ready in about 200 ms."""
 CONFIG_FILE = "config.yaml"
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A batch with its images already read: through the image processor, or from the feature cache."""
-
-    batch: Batch
-    images: PreparedImages
 
 
 class Trainer:
@@ -71,15 +59,12 @@ class Trainer:
         self._base_lrs = [t.lr_lora, t.lr_tokens]
         self.microbatches = Microbatches(t.microbatches, t.batch_images, pool.has_remote)
         self.features = ImageFeatures(generator, config.data.feature_cache)
-        self._on_error = ErrorPolicy(config.data.on_error)
-        self._loader = ThreadPoolExecutor(max_workers=_STEPS_AHEAD, thread_name_prefix="loader")
-        self._drawing = Lock()
-        self._ahead: dict[int, Future[list[Prepared]]] = {}
+        self._loader = make_loader(config, sampler, self.features, self.microbatches)
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimization step; returns its metrics. Raises NonFiniteError naming records; nothing changes then."""
         started = time.perf_counter()
-        parts = self._prepared(step)
+        parts = self._loader.parts(step)
         waited = time.perf_counter() - started
         if self.method.starts_stage(step):
             self.optimizer.state.clear()
@@ -164,47 +149,6 @@ class Trainer:
                 yield waiting.popleft()
         yield from waiting
 
-    def _prepared(self, step: int) -> list[Prepared]:
-        """The step's microbatches; those of the next steps are loaded while this one runs, each in a thread."""
-        parts = (self._ahead.pop(step, None) or self._submit(step)).result()
-        if len(parts) != self.microbatches.count(step):
-            # The step before ended the trial of `auto`, after this one's batch had been cut.
-            parts = self._submit(step).result()
-        for later in range(step + 1, min(step + 1 + _STEPS_AHEAD, self.config.train.steps)):
-            if later not in self._ahead:
-                self._ahead[later] = self._submit(later)
-        return parts
-
-    def _submit(self, step: int) -> Future[list[Prepared]]:
-        return self._loader.submit(self._load, step, self.microbatches.count(step))
-
-    def _load(self, step: int, microbatches: int) -> list[Prepared]:
-        with self._drawing:  # a sampler is owned by one thread at a time
-            batch = self._sampler.batch(step)
-        n = len(batch.records) // microbatches
-        parts = []
-        for start in range(0, len(batch.records), n):
-            part, images = self._with_images(batch.records[start : start + n], batch.questions[start : start + n])
-            parts.append(Prepared(part, self.features.prepare(images)))
-        return parts
-
-    def _with_images(
-        self, records: list[Record], questions: list[list[KindQuestion]]
-    ) -> tuple[Batch, list[OpenedImages]]:
-        """The records whose images can be read, with them; the others go the way of `data.on_error`."""
-        kept, images = Batch([], []), []
-        for record, asked in zip(records, questions, strict=True):
-            try:
-                images.append(self.features.open(record))
-            except DataError as error:
-                self._on_error(error)
-                continue
-            kept.records.append(record)
-            kept.questions.append(asked)
-        if not images:
-            raise DataError(f"no image of {', '.join(r.record_id for r in records)} can be read; check data.path")
-        return kept, images
-
     def state(self, next_step: int) -> dict[str, Any]:
         """Trainer state beside the adapter: all that `load_state` needs for a bit-identical next step."""
         return {
@@ -227,8 +171,8 @@ class Trainer:
         return int(state["next_step"])
 
     def close(self) -> None:
-        """End the loader threads; finish writing to the feature cache."""
-        self._loader.shutdown(wait=True, cancel_futures=True)
+        """End the loader; finish writing to the feature cache."""
+        self._loader.close()
         self.features.close()
 
 
@@ -244,20 +188,12 @@ def train_run(config: Config, resume: bool) -> bool:
             f"{run_dir}: the run folder is in use; choose another run.dir, or go on with --resume {run_dir}"
         )
     prompt = load_prompt(config.generator.model)
-    records = training_records(config.data, config.train.seed, prompt)
+    records, sampler = training_sampler(config, prompt)
     held_out = load_records(config.data, config.data.val_split, prompt).without_kinds(config.data.held_out_kinds)
-    sampler = Sampler(
-        records,
-        config.train.batch_images,
-        config.data.questions_per_image,
-        config.train.seed,
-        Curriculum(config.data.curriculum),
-        other_parts(config.data, config.train.seed, prompt),
-    )
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
 
-    with _stop_signal() as stop:
+    with _stop_signal() as stop, ray_of_loader(config):
         generator = Generator(config.generator, config.train.seed)
         policy = ErrorPolicy(config.data.on_error)
         first = readable_records(records, _PROBE_IMAGES, policy)

@@ -108,11 +108,17 @@ class Generator:
         return latents_BKD.to(self.model.dtype)
 
     def hidden_states(
-        self, rows: PackedRows, tokens: ImageTokens, mask_B1TS: Tensor, cache: Cache | None = None
+        self,
+        rows: PackedRows,
+        tokens: ImageTokens,
+        mask_B1TS: Tensor,
+        cache: Cache | None = None,
+        inputs_ND: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) last hidden states of rows that may hold latent tokens, under an explicit mask.
 
-        cache: receives keys and values, or gives those that stand before the rows' columns.
+        cache: receives keys and values, or gives those that stand before the rows' columns. inputs_ND: what is read at
+        the K slots' columns, row by row, in order, instead of the slots' own embeddings.
         """
         start = self.token_ids[0]
         is_new_BT = (rows.token_ids_BT >= start) & (rows.token_ids_BT < start + 1 + self.n_latents)
@@ -125,6 +131,9 @@ class Generator:
             embeds_BTD = embeds_BTD.masked_scatter(rows.media_BT.unsqueeze(-1), media_ID)
         new_BTD = self._token_rows()[(rows.token_ids_BT - start).clamp(0, self.n_latents)].to(embeds_BTD.dtype)
         embeds_BTD = torch.where(is_new_BT.unsqueeze(-1), new_BTD, embeds_BTD)
+        if inputs_ND is not None:
+            is_slot_BT1 = (is_new_BT & (rows.token_ids_BT > start)).unsqueeze(-1)
+            embeds_BTD = embeds_BTD.masked_scatter(is_slot_BT1, inputs_ND.to(embeds_BTD.dtype))
         extra: dict[str, Any] = {"past_key_values": cache}
         if tokens.deepstack:
             extra |= {"visual_pos_masks": rows.media_BT, "deepstack_visual_embeds": tokens.deepstack}

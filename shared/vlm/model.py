@@ -50,17 +50,21 @@ class ImageTokens:
         assert sum(per_row) == len(self.tokens), "every image belongs to one row"
         return replace(self, per_row=per_row)
 
-    def twice(self) -> ImageTokens:
-        """Every row's images, and then the same again."""
-        order = [i for row in self.rows for i in (*range(row.start, row.stop), *range(row.start, row.stop))]
+    def picked(self, rows: Sequence[Sequence[int]]) -> ImageTokens:
+        """New rows, each of the images with these numbers, which count over all rows."""
+        order = [i for row in rows for i in row]
         sizes = [len(t) for t in self.tokens]
         layers = [layer.split(sizes) for layer in self.deepstack]
         return ImageTokens(
             [self.tokens[i] for i in order],
             [self.grids[i] for i in order],
             [torch.cat([layer[i] for i in order]) for layer in layers],
-            [2 * (row.stop - row.start) for row in self.rows],
+            [len(row) for row in rows],
         )
+
+    def twice(self) -> ImageTokens:
+        """Every row's images, and then the same again."""
+        return self.picked([2 * list(range(row.start, row.stop)) for row in self.rows])
 
     @property
     def rows(self) -> list[slice]:
@@ -86,6 +90,12 @@ class Processor:
     tokenizer: Any
     image_processor: Any
     chat_template: str
+
+    def image_inputs(self, family: Family, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """What the family's vision tower takes of images. Thread-safe."""
+        batch = [[image] for image in images] if family.nested_images else list(images)
+        inputs = self.image_processor(images=batch, return_tensors="pt")
+        return {name: inputs[name] for name in family.image_inputs if name in inputs}
 
 
 class VisionLanguageModel:
@@ -175,9 +185,7 @@ class VisionLanguageModel:
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What the image processor makes of images, for `image_tokens_from`. Needs no GPU; thread-safe."""
-        batch = [[image] for image in images] if self.family.nested_images else list(images)
-        inputs = self.processor.image_processor(images=batch, return_tensors="pt")
-        return {name: inputs[name] for name in self.family.image_inputs if name in inputs}
+        return self.processor.image_inputs(self.family, images)
 
     def image_tokens_from(self, inputs: dict[str, Tensor]) -> ImageTokens:
         """The same from what `image_inputs` made."""

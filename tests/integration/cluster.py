@@ -87,6 +87,11 @@ class RayCluster:
         """Where jobs are submitted."""
         return f"http://{HOST}:{self.dashboard_port}"
 
+    @property
+    def gcs_address(self) -> str:
+        """What drivers connect to."""
+        return f"{HOST}:{self._gcs_port}"
+
     def add_node(self, resources: dict[str, float]) -> RayNode:
         """A worker node with custom resources; returns when it belongs to the cluster."""
         (agent_port,) = free_ports(1)

@@ -62,6 +62,16 @@ def test_a_record_of_every_form(tmp_path: Path) -> None:
     assert third.questions == (KindQuestion("count", "how many?", "2"),)
 
 
+def test_an_auxiliary_image_is_no_image_of_the_record(tmp_path: Path) -> None:
+    line = good(auxiliary={"image": "pictures/3.png", "description": " two red cups "})
+    record, without = load_jsonl(write_jsonl(tmp_path, [line, good(id="plain")]), "train")
+    assert len(record.load_images()) == 1
+    assert record.auxiliary is not None
+    assert record.auxiliary.description == "two red cups"
+    assert record.auxiliary.image.read() == (tmp_path / "pictures/3.png").read_bytes()
+    assert without.auxiliary is None
+
+
 DAMAGED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "no JSON": (b'{"id": ', r"train\.jsonl: line 2: no valid JSON"),
     "a list": (b"[]", r"line 2: not a JSON object"),
@@ -84,6 +94,19 @@ DAMAGED: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "duplicate id": (good(), r"line 2: id 'train/good' is used twice"),
     "long text": (good(id="x", question="a" * 20_001), r"question has 20001 characters"),
     "scene": (good(id="x", scene="dark"), r"line 2: scene is no object"),
+    "auxiliary": (good(id="x", auxiliary="pictures/1.png"), r"line 2: auxiliary is no object with image and desc"),
+    "auxiliary without words": (
+        good(id="x", auxiliary={"image": "pictures/1.png"}),
+        r"line 2, auxiliary: description is no text",
+    ),
+    "missing auxiliary image": (
+        good(id="x", auxiliary={"image": "pictures/9.png", "description": "a cup"}),
+        r"pictures/9\.png: image is missing; restore the file that .*line 2, auxiliary names",
+    ),
+    "auxiliary image elsewhere": (
+        good(id="x", auxiliary={"image": "../a.png", "description": "a cup"}),
+        r"line 2, auxiliary: image .* leads out of",
+    ),
     "missing image": (
         good(id="x", image="pictures/9.png"),
         r"pictures/9\.png: image is missing; restore the file that .*line 2 names",

@@ -1,4 +1,4 @@
-"""The nine toy tasks: answers read off what is drawn, no prior in words, splits, files, pictures."""
+"""The toy tasks: answers read off what is drawn, no prior in words, splits, files, pictures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from trainer.toy.tasks.dataset import ensure_tasks, examples, scene_key
 from trainer.toy.tasks.one_image import overlap
 from trainer.toy.tasks.pictures import LABELS, Picture, Style, Thing, draw, new_picture
 from trainer.toy.tasks.points import FORMS
+from trainer.toy.tasks.two_steps import STEPS
 from trainer.toy.tasks.whole_images import QUADRANT
 from trainer.toy.tiny_vlms import TASK_WORDS, toy_tokenizer
-from trainer.toy.world import COLORS, IMAGE_PX, SHAPES, render, sample_scene
+from trainer.toy.world import CELL_PX, COLORS, IMAGE_PX, SHAPES, render, sample_scene
 
 HALF = IMAGE_PX // 2
 
@@ -104,6 +105,33 @@ def by_style(example: Example) -> str:
     return "ab"[index]
 
 
+def shape_of_named(example: Example) -> str:
+    """The shape of the only thing of the colour, which the hint shows alone."""
+    match = re.fullmatch(r"what shape is the (\w+) thing\?", example.question)
+    assert match
+    assert example.hint is not None
+    (thing,) = (thing for thing in example.pictures[0].things if thing.color == match[1])
+    assert example.hint.picture.things == (thing,)
+    return thing.shape
+
+
+def shape_after_two_steps(example: Example) -> str:
+    """The shape of the thing that the two steps lead to, which the hint shows alone in its place."""
+    match = re.fullmatch(r"what shape is the thing ([\w ]+) the thing ([\w ]+) the (\w+ \w+)\?", example.question)
+    assert match
+    assert example.hint is not None
+    (picture,) = example.pictures
+    cells = {(int(thing.y_px // CELL_PX), int(thing.x_px // CELL_PX)): thing for thing in picture.things}
+    assert len(cells) == len(picture.things)
+    ((row, column),) = (cell for cell, thing in cells.items() if thing.name == match[3])
+    for step in (match[2], match[1]):
+        row, column = row + STEPS[step][0], column + STEPS[step][1]
+        thing = cells[row, column]
+    assert example.hint.picture.things == (thing,)
+    assert example.hint.description == f"a {thing.name}"
+    return thing.shape
+
+
 def part_of_creature(picture: Picture, label: str) -> str:
     """Head and tail by their shape, the legs by which is nearer to the head."""
     thing = thing_at(picture, label)
@@ -159,6 +187,8 @@ CHECKS = {
     "functional_correspondence": point_by_function,
     "relative_reflectance": by_reflectance,
     "visual_similarity": by_changes,
+    "named_shape": shape_of_named,
+    "two_steps": shape_after_two_steps,
 }
 
 
@@ -239,7 +269,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_the_data_set_is_a_function_of_its_seed(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     ensure_tasks(tmp_path / "a", list(TASKS), SIZES, 1, lambda done, total: calls.append((done, total)))
-    assert calls == [(i + 1, 63) for i in range(63)]
+    assert calls == [(i + 1, 77) for i in range(77)]
     ensure_tasks(tmp_path / "b", list(TASKS), SIZES, 1)
     ensure_tasks(tmp_path / "c", list(TASKS), SIZES, 2)
     a, b, c = (contents(tmp_path / name) for name in "abc")
@@ -261,6 +291,7 @@ def test_the_jsonl_reader_reads_it_back(tmp_path: Path) -> None:
         assert Counter(r.questions[0].kind for r in records) == dict.fromkeys(TASKS, size)
         for record, line in zip(records, (tmp_path / f"data/{split}.jsonl").read_text().splitlines(), strict=True):
             assert [q.answer for q in record.questions] == [q["answer"] for q in json.loads(line)["questions"]]
+            assert (record.auxiliary is not None) == (record.questions[0].kind in ("named_shape", "two_steps"))
             images = record.load_images()
             assert 1 <= len(images) <= 3
             assert {image.size for image in images} == {(IMAGE_PX, IMAGE_PX)}
@@ -279,7 +310,8 @@ def test_the_tokenizer_knows_every_word_of_the_tasks() -> None:
     assert len(tokenizer) <= 128 - 18  # a generator's sixteen latents and their two markers still fit
     for name, task in TASKS.items():
         for example in made(name, 20):
-            assert tokenizer.unk_token_id not in tokenizer(example.question)["input_ids"], example.question
+            words = [example.question] if example.hint is None else [example.question, example.hint.description]
+            assert not any(tokenizer.unk_token_id in tokenizer(text)["input_ids"] for text in words), words
         for answer in task.answers:
             assert len(tokenizer(answer)["input_ids"]) == 1
 

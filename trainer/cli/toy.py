@@ -49,11 +49,13 @@ def build(
 @friendly_errors
 def tasks(
     data: Annotated[Path, typer.Option(help="Folder to write to, for data.source: jsonl.")],
-    tasks: Annotated[str, typer.Option(help="Comma-separated tasks; empty: all nine.")] = "",
+    tasks: Annotated[str, typer.Option(help="Comma-separated tasks; empty: all.")] = "",
     train: Annotated[int, typer.Option(min=1, help="Training records per task.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Which records.")] = 0,
 ) -> None:
     """Write toy versions of the nine LIVR tasks: questions about one to three images that a text alone cannot answer.
+
+    Records of named_shape and two_steps have auxiliary images, for method gap.
 
     counting, jigsaw, object_localization, visual_correspondence, art_style, semantic_correspondence,
     functional_correspondence, relative_reflectance, visual_similarity. Splits train, val (100 a task), test (500 a

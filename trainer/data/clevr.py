@@ -84,7 +84,8 @@ def load_clevr(
         filename = asked[0][0]
         image = folder.image(filename, str(questions_file), look=False)
         record_id = f"{split}/{Path(filename).stem}"
-        return Record(record_id, "clevr", (image,), tuple(q for _, q in asked), *scenes.read(scene_N[n]))
+        (scene,) = scenes.read(scene_N[n])
+        return Record(record_id, "clevr", (image,), tuple(q for _, q in asked), scene)
 
     return columns.records(build, len(image_of)).take(np.array(good))
 

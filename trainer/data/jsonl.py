@@ -5,7 +5,9 @@
 
 id: by default the line's number. images: relative to ROOT, one or more; `image` for a single one. questions: with text,
 number or boolean answers and a kind (default: unknown); `question`, `answer`, `kind` for a single one. scene: optional
-labels, any object. Other fields are ignored, so are empty lines.
+labels, any object. auxiliary: optional, {"image": "a/7_zoom.png", "description": "…"}: an image relative to ROOT that
+makes the questions easier, for methods that learn to imagine it, and what it shows in words. Other fields are ignored,
+so are empty lines.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 from shared.errors import DataError
 from trainer.data.fields import DEFAULT_OPTIONS, MAX_IMAGES, FileOptions, ImageFolder, questions_of, text_of
 from trainer.data.index import QuestionColumns, Records
-from trainer.data.records import OnError, Record, raise_error
+from trainer.data.records import Auxiliary, OnError, Record, raise_error
 from trainer.data.spans import Spans, json_lines
 
 
@@ -66,7 +68,8 @@ def record_of(
     """The record of a line. look: at the headers of its images. Raises DataError."""
     images = tuple(folder.image(name, where, look) for name in _image_names(fields, where))
     record_id = f"{split}/{identity_of(fields, default_id, where)}"
-    return Record(record_id, "jsonl", images, questions_of(fields, where), scene_of(fields, where))
+    auxiliary = _auxiliary(fields, folder, where, look)
+    return Record(record_id, "jsonl", images, questions_of(fields, where), scene_of(fields, where), auxiliary)
 
 
 def identity_of(fields: Mapping[str, Any], default: str, where: str) -> str:
@@ -90,3 +93,14 @@ def _image_names(fields: Mapping[str, Any], where: str) -> list[Any]:
     if not isinstance(names, list) or not 0 < len(names) <= MAX_IMAGES:
         raise DataError(f"{where}: images is no list of 1 to {MAX_IMAGES} paths; correct or drop the record")
     return names
+
+
+def _auxiliary(fields: Mapping[str, Any], folder: ImageFolder, where: str, look: bool) -> Auxiliary | None:
+    """The field `auxiliary`, if it is there."""
+    auxiliary = fields.get("auxiliary")
+    if auxiliary is None:
+        return None
+    if not isinstance(auxiliary, dict):
+        raise DataError(f"{where}: auxiliary is no object with image and description; correct or drop the record")
+    image = folder.image(auxiliary.get("image"), f"{where}, auxiliary", look)
+    return Auxiliary(image, text_of(auxiliary.get("description"), "description", f"{where}, auxiliary"))

@@ -65,6 +65,17 @@ class ImageFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Auxiliary:
+    """An image that makes a record's questions easier (a crop, a drawing, a later view), with what it shows in words.
+
+    It is there in training alone: methods that write visual thoughts learn from it, and no prompt ever holds it.
+    """
+
+    image: ImageSource
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One or more images with questions about all of them together. Images stay where they lie until they are read."""
 
@@ -73,6 +84,7 @@ class Record:
     images: tuple[ImageSource, ...]
     questions: tuple[KindQuestion, ...]
     scene: Mapping[str, Any] = field(default_factory=dict)
+    auxiliary: Auxiliary | None = None
 
     @property
     def where(self) -> str:

@@ -58,8 +58,10 @@ from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_shar
 from trainer.evaluation.transfer import FIT_IMAGES, read_through_projectors
 from trainer.evaluation.usage import SelfReading
 from trainer.evaluation.verdict import VERDICT_TESTS, lost_share, paired_differences, verdict
+from trainer.evaluation.writing import ResponseReading, response_reading
 from trainer.image_features import ImageFeatures
-from trainer.methods import self_reader
+from trainer.methods import METHODS, self_reader
+from trainer.methods.gap import GapMethod
 from trainer.norm_calibration import NormCalibration, start_calibration
 
 Track = Callable[[Iterable[str], str, int], Iterable[str]]
@@ -276,10 +278,11 @@ def against(s: Session, other: Session) -> dict[str, Any]:
 
 
 def usage_suite(s: Session) -> dict[str, Any]:
-    """By condition of `trainer.evaluation.usage`: accuracy, NLL and the change from `normal`, in all and by kind."""
-    reading = SelfReading(
-        self_reader(s.config, s.generator), s.features, s.records, s.config.evaluation.batch_images, s.config.train.seed
-    )
+    """By condition of `trainer.evaluation.usage` or `writing`: accuracy, NLL and the change from `normal`, in all and
+    by kind.
+    """
+    writes = issubclass(METHODS[s.config.method], GapMethod)
+    reading = response_reading(s.config, s.generator, s.features, s.records) if writes else _self_reading(s)
     outcomes = {name: reading.read(name) for name in s.track(reading.conditions, "usage", len(reading.conditions))}
     images_N = np.repeat(np.arange(len(s.records)), [len(record.questions) for record in s.records])
     kinds_N = np.array([question.kind for record in s.records for question in record.questions])
@@ -297,10 +300,17 @@ def usage_suite(s: Session) -> dict[str, Any]:
     held_out_N = np.isin(kinds_N, s.config.data.held_out_kinds)
     section: dict[str, Any] = {"conditions": figures(~held_out_N)}
     section["kinds"] = {str(kind): figures(kinds_N == kind) for kind in np.unique(kinds_N)}
-    if reading.reader.options.latents:
+    if isinstance(reading, ResponseReading):
+        section["norms"] = reading.norms()
+    elif reading.reader.options.latents:
         shares = s.bootstrap.per_image(images_N, reading.attention_to_latents())
         section["attention_to_latents"] = s.bootstrap.mean(*shares).to_json()
     return section
+
+
+def _self_reading(s: Session) -> SelfReading:
+    batch_images, seed = s.config.evaluation.batch_images, s.config.train.seed
+    return SelfReading(self_reader(s.config, s.generator), s.features, s.records, batch_images, seed)
 
 
 SUITES: dict[str, Callable[[Session], dict[str, Any]]] = {

@@ -126,6 +126,11 @@ def print_usage(result: dict[str, Any], console: Console) -> None:
     for kind, conditions in section["kinds"].items():
         table.add_row(kind, *(_short(figures["accuracy"]) for figures in conditions.values()))
     console.print(table)
+    if norms := section.get("norms"):
+        visual = norms["visual embeddings"]
+        names = [name for name in ("normal", "calibrated") if name in norms]
+        ratios = ", ".join(f"{name} {norms[name] / visual:.3g}" for name in names) or "none written"
+        console.print(f"length of latents, in that of visual embeddings: {ratios}; spans opened: {norms['spans']:.1%}")
     if "attention_to_latents" in section:
         console.print(
             f"attention of the answer's first token to the latents: {_short(section['attention_to_latents'])}"

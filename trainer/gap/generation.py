@@ -33,7 +33,7 @@ class LatentSpans:
     """When a row writes latents instead of words.
 
     open_id, close_id: tokens that stand around a span. closing: after exactly `n_latents`, or by the token that the
-    model chooses, after at most that many. norms_B: see `generate_latents`.
+    model chooses, after at most that many. norms_B: see `generate_latents`. given_BKD: fed back instead of the head's.
     """
 
     open_id: int
@@ -43,6 +43,7 @@ class LatentSpans:
     closing: Literal["budget", "generated"] = "budget"
     on_grid: bool = False
     norms_B: Tensor | None = None
+    given_BKD: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -180,6 +181,9 @@ class _OpenSpans:
             self._n_written[row], self._began_at[row] = 0, next_position
 
     def _latents(self, rows: GrowingRows, numbers: Sequence[int]) -> Tensor:
+        if self._spans.given_BKD is not None:
+            # Of rows outside of a span any latent will do: it is not read.
+            return self._spans.given_BKD[list(numbers), [self._n_written.get(row, 0) for row in numbers]]
         norms_B = self._spans.norms_B
         norms_B = None if norms_B is None else norms_B[torch.as_tensor(numbers, device=norms_B.device)]
         return rescale(self._spans.head(rows.hidden_BD), norms_B).to(rows.model.dtype)

@@ -9,13 +9,14 @@ Legend: D width, d PCA coefficients, leading dimensions are kept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.errors import ModelError
+from shared.errors import CheckpointError, ModelError
 from trainer.gap.pca import VisualPca
 
 HeadKind = Literal["identity", "mlp", "pca"]
@@ -69,6 +70,23 @@ class PcaHead(nn.Module):
     def forward(self, hidden_BD: Tensor) -> Tensor:
         """P c + μ, (…, D) → (…, D)."""
         return self.coefficients(hidden_BD) @ self.basis_Dd.T + self.mean_D
+
+
+def head_of_state(kind: HeadKind, width: int, state: Mapping[str, Tensor]) -> nn.Module:
+    """The head with the weights that its `state_dict` held; a PCA head brings its basis with it.
+
+    Raises CheckpointError if they are of another kind or width.
+    """
+    pca = None
+    if kind == "pca" and "basis_Dd" in state:
+        basis_Dd = state["basis_Dd"]
+        pca = VisualPca(state["mean_D"], basis_Dd, torch.ones(basis_Dd.shape[1]), float(basis_Dd.shape[1]), 0)
+    try:
+        head = make_head(kind, width, pca)
+        head.load_state_dict(dict(state))
+    except (ModelError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint's latent head is no {kind} head of width {width}; correct it") from error
+    return head.eval()
 
 
 def make_head(kind: HeadKind, width: int, pca: VisualPca | None = None) -> nn.Module:

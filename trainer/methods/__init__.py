@@ -7,6 +7,7 @@ from shared.errors import ConfigError
 from shared.vlm.generator import Generator
 from trainer.methods.anchored import AnchoredMethod
 from trainer.methods.base import Method
+from trainer.methods.gap import GapMethod
 from trainer.methods.livr import LatentsOnlyMethod, LivrMethod, LivrReader, MaskOnlyMethod, SftMethod
 
 METHODS: dict[str, type[Method]] = {
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "sft": SftMethod,
     "latents_only": LatentsOnlyMethod,
     "mask_only": MaskOnlyMethod,
+    "gap": GapMethod,
 }
 
 

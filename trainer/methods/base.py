@@ -55,6 +55,11 @@ class Method(ABC):
         """Modules that train beside the generator and are saved with the trainer state."""
         return nn.Module()
 
+    @staticmethod
+    def seen(record: Record) -> Record:
+        """The record with all images that training looks at; `emit` gets the tokens of these. Raises DataError."""
+        return record
+
     def prepare(self, features: ImageFeatures, records: Sequence[Record]) -> None:  # noqa: B027
         """Called once with the first training records, before the first step of a new run."""
 

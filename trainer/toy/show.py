@@ -33,12 +33,16 @@ def show_scene(seed: int, to: Path, console: Console) -> None:
 
 
 def show_task(task: str, seed: int, to: Path, console: Console) -> None:
-    """Write the images of one example side by side as a PNG and print its question and answer."""
+    """Write the images of one example side by side as a PNG and print its question and answer.
+
+    A hint stands last.
+    """
     if task not in TASKS:
         raise ConfigError(f"--task: no toy task {task!r}; there are {', '.join(TASKS)}")
     rng = np.random.default_rng(seed)
     example = TASKS[task].make(rng, str(rng.choice(TASKS[task].answers)))
-    images = [_enlarged(draw(picture, rng)) for picture in example.pictures]
+    hints = [] if example.hint is None else [example.hint.picture]
+    images = [_enlarged(draw(picture, rng)) for picture in (*example.pictures, *hints)]
     width, height = images[0].size
     sheet = Image.new("RGB", (len(images) * (width + _GAP_PX) - _GAP_PX, height), "white")
     for number, image in enumerate(images):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,26 @@ _TEMPLATE = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class QwenSize:
+    """Of a tiny Qwen2.5-VL. image_px: (height, width), which 2 · patch_px divides; heads are 16 wide."""
+
+    width: int = 64
+    layers: int = 3
+    tower_layers: int = 1
+    patch_px: int = _PATCH_PX
+    image_px: tuple[int, int] = (IMAGE_PX, IMAGE_PX)
+    vocabulary: int = VOCABULARY
+
+
 def toy_tokenizer(more_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that knows the words of the toy world, and some more."""
-    vocabulary = {token: i for i, token in enumerate((*_SPECIALS, *_WORDS, *more_words))}
+    """A tokenizer that knows the words of the toy world, and some more."""
+    return word_tokenizer((*_WORDS, *more_words))
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the special tokens of Qwen2.5-VL."""
+    vocabulary = {token: i for i, token in enumerate((*_SPECIALS, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
@@ -106,9 +124,21 @@ def toy_tokenizer(more_words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
 
 
 def new_model(family: str, seed: int) -> nn.Module:
-    """A fresh tiny model with fan-in scaled weights (std 0.8/√fan_in), without which it does not learn to see."""
+    """A fresh tiny model of the toy world."""
+    if family == "qwen2_5_vl":
+        return new_qwen(toy_tokenizer(), QwenSize(), seed)
     torch.manual_seed(seed)
-    model: Any = {"qwen2_5_vl": _qwen, "llava": _llava}[family](toy_tokenizer())
+    return _with_scaled_weights(_llava(toy_tokenizer()))
+
+
+def new_qwen(tokenizer: PreTrainedTokenizerFast, size: QwenSize, seed: int) -> nn.Module:
+    """A fresh Qwen2.5-VL of this size."""
+    torch.manual_seed(seed)
+    return _with_scaled_weights(_qwen(tokenizer, size))
+
+
+def _with_scaled_weights(model: nn.Module) -> nn.Module:
+    """Fan-in scaled weights (std 0.8/√fan_in), without which these models do not learn to see."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             fan_in = module.weight[0].numel()
@@ -120,16 +150,16 @@ def new_model(family: str, seed: int) -> nn.Module:
     return model
 
 
-def _qwen(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+def _qwen(tokenizer: PreTrainedTokenizerFast, size: QwenSize) -> nn.Module:
     token_id = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": 64,
-            "intermediate_size": 192,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
+            "vocab_size": size.vocabulary,
+            "hidden_size": size.width,
+            "intermediate_size": 3 * size.width,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.width // 16,
+            "num_key_value_heads": size.width // 16,
             "max_position_embeddings": 1024,
             "rope_parameters": _ROPE,
             "tie_word_embeddings": False,
@@ -138,16 +168,16 @@ def _qwen(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
             "pad_token_id": token_id("<|pad|>"),
         },
         vision_config={
-            "depth": 1,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 4,
-            "patch_size": _PATCH_PX,
+            "depth": size.tower_layers,
+            "hidden_size": size.width,
+            "intermediate_size": 2 * size.width,
+            "num_heads": size.width // 16,
+            "patch_size": size.patch_px,
             "spatial_merge_size": 2,
             "temporal_patch_size": 1,
-            "out_hidden_size": 64,
-            "window_size": IMAGE_PX,
-            "fullatt_block_indexes": [0],
+            "out_hidden_size": size.width,
+            "window_size": max(size.image_px),
+            "fullatt_block_indexes": list(range(size.tower_layers)),
             "tokens_per_second": 1,
         },
         image_token_id=token_id("<|image_pad|>"),
@@ -191,34 +221,48 @@ def _llava(tokenizer: PreTrainedTokenizerFast) -> nn.Module:
 
 
 def save_folder(model: Any, folder: Path, more_words: Sequence[str] = ()) -> None:
-    """Write model, tokenizer and processor so that `from_pretrained` loads them as it would a hub model."""
+    """Write a model of the toy world so that `from_pretrained` loads it as it would a hub model."""
+    if model.config.model_type == "qwen2_5_vl":
+        save_qwen(model, folder, toy_tokenizer(more_words), (IMAGE_PX, IMAGE_PX))
+        return
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_PX}, crop_size={"height": IMAGE_PX, "width": IMAGE_PX}
+    )
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": _PATCH_PX,
+        "vision_feature_select_strategy": "default",
+        "image_token": "<|image_pad|>",
+        "num_additional_image_tokens": 1,
+    }
+    _save(model, folder, toy_tokenizer(more_words), "<|image_pad|>", image_processor, processor)
+
+
+def save_qwen(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast, image_px: tuple[int, int]) -> None:
+    """Write a Qwen2.5-VL with its tokenizer; its processor brings every image to as many pixels as image_px has."""
+    n_px = image_px[0] * image_px[1]
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=model.config.vision_config.patch_size,
+        temporal_patch_size=1,
+        merge_size=2,
+        size={"shortest_edge": n_px, "longest_edge": n_px},
+    )
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    _save(model, folder, tokenizer, image, image_processor, {"processor_class": "Qwen2_5_VLProcessor"})
+
+
+def _save(
+    model: Any,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    image: str,
+    image_processor: Any,
+    processor: dict[str, Any],
+) -> None:
+    """image: what stands for an image in the chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    tokenizer = toy_tokenizer(more_words)
-    is_qwen = model.config.model_type == "qwen2_5_vl"
-    image = "<|vision_start|><|image_pad|><|vision_end|>" if is_qwen else "<|image_pad|>"
-    template = _TEMPLATE.replace("%IMAGE%", image)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = _TEMPLATE.replace("%IMAGE%", image)
     tokenizer.save_pretrained(folder)
-    if is_qwen:
-        n_px = IMAGE_PX * IMAGE_PX
-        image_processor: Any = Qwen2VLImageProcessorPil(
-            patch_size=_PATCH_PX,
-            temporal_patch_size=1,
-            merge_size=2,
-            size={"shortest_edge": n_px, "longest_edge": n_px},
-        )
-        processor: dict[str, Any] = {"processor_class": "Qwen2_5_VLProcessor"}
-    else:
-        image_processor = CLIPImageProcessorPil(
-            size={"shortest_edge": IMAGE_PX}, crop_size={"height": IMAGE_PX, "width": IMAGE_PX}
-        )
-        processor = {
-            "processor_class": "LlavaProcessor",
-            "patch_size": _PATCH_PX,
-            "vision_feature_select_strategy": "default",
-            "image_token": "<|image_pad|>",
-            "num_additional_image_tokens": 1,
-        }
     image_processor.save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")

@@ -1,6 +1,7 @@
-"""Toy versions of the nine tasks of Latent Implicit Visual Reasoning, drawn by the toy world.
+"""Toy versions of the nine tasks of Latent Implicit Visual Reasoning, and two with auxiliary images.
 
-Each keeps what makes the real one hard: an answer that takes looking, often at several images, and no prior in words.
+Each of the nine keeps what makes the real one hard: an answer that takes looking, often at several images, and no prior
+in words.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 from trainer.toy.tasks.example import Example, Task
 from trainer.toy.tasks.one_image import MAX_COUNT, counting, object_localization, relative_reflectance
 from trainer.toy.tasks.points import functional_correspondence, semantic_correspondence, visual_correspondence
+from trainer.toy.tasks.two_steps import named_shape, two_steps
 from trainer.toy.tasks.whole_images import art_style, jigsaw, visual_similarity
+from trainer.toy.world import SHAPES
 
 _TWO, _FOUR = ("a", "b"), ("a", "b", "c", "d")
 TASKS = {
@@ -23,6 +26,8 @@ TASKS = {
         Task("functional_correspondence", _FOUR, functional_correspondence),
         Task("relative_reflectance", ("a", "b", "none"), relative_reflectance),
         Task("visual_similarity", _TWO, visual_similarity),
+        Task("named_shape", SHAPES, named_shape),
+        Task("two_steps", SHAPES, two_steps),
     )
 }
 

@@ -88,4 +88,9 @@ def _write_record(folder: Path, split: str, task: str, index: int, example: Exam
         draw(picture, rng).save(folder / name, compress_level=1)
         images.append(name)
     question = {"question": example.question, "answer": example.answer, "kind": task}
-    return json.dumps({"id": f"{task}/{index:05d}", "images": images, "questions": [question]}) + "\n"
+    record: dict[str, Any] = {"id": f"{task}/{index:05d}", "images": images, "questions": [question]}
+    if example.hint is not None:
+        name = f"images/{split}/{task}_{index:05d}_hint.png"
+        draw(example.hint.picture, rng).save(folder / name, compress_level=1)
+        record["auxiliary"] = {"image": name, "description": example.hint.description}
+    return json.dumps(record) + "\n"
