@@ -183,7 +183,7 @@ def _cluster(wanted: dict[str, float]) -> Iterator[int]:
             cpus = max(os.cpu_count() or 1, math.ceil(wanted["CPU"]))
             ray.init(num_cpus=cpus, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
     try:
-        there = ray.clusterresources()
+        there = ray.cluster_resources()
         fits = min(int(there.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items())
         if fits < 1:
             needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())
