@@ -45,16 +45,26 @@ def decoder_size(config: Any) -> DecoderSize:
     )
 
 
-def forward_flops(size: DecoderSize, n_rows: int, n_tokens: int, n_keys: int) -> int:
-    """One pass through the stack, without the head: n_rows rows of T = n_tokens tokens over S = n_keys keys."""
+def forward_flops(size: DecoderSize, n_rows: int, n_tokens: int, n_keys: int, n_outputs: int | None = None) -> int:
+    """One pass through the stack, without the head: n_rows rows of T = n_tokens tokens over S = n_keys keys.
+
+    n_outputs: at how many places the last hidden state is wanted, in all rows together; None: at all of them.
+    """
     per_token = 2 * size.linear_weights + 4 * size.layers * size.attention_width * n_keys
-    return n_rows * n_tokens * per_token
+    return n_rows * n_tokens * per_token - _left_out(size, n_rows * n_tokens, n_outputs)
 
 
-def input_gradient_flops(size: DecoderSize, n_rows: int, n_tokens: int, n_keys: int) -> int:
+def input_gradient_flops(
+    size: DecoderSize, n_rows: int, n_tokens: int, n_keys: int, n_outputs: int | None = None
+) -> int:
     """Backward through a frozen stack: each weight once more, and twice the products of attention."""
     per_token = 2 * size.linear_weights + 8 * size.layers * size.attention_width * n_keys
-    return n_rows * n_tokens * per_token
+    return n_rows * n_tokens * per_token - _left_out(size, n_rows * n_tokens, n_outputs)
+
+
+def _left_out(size: DecoderSize, all_tokens: int, n_outputs: int | None) -> int:
+    """The last layer's feed-forward where no last hidden state is wanted (`shared.vlm.lean.last_layer_at`)."""
+    return 0 if n_outputs is None else 6 * size.width * size.ffn_width * (all_tokens - n_outputs)
 
 
 def head_flops(size: DecoderSize, n_predictions: int) -> int:

@@ -63,8 +63,7 @@ def score_answers(
     prefix: needed for rows that leave their prefix out.
     """
     cache = None if prefix is None else prefix.for_rows(len(rows.token_ids_BT))
-    hidden_BTD = model.decode(rows, media_ID, deepstack, cache)
-    hidden_ND = hidden_BTD[rows.predict_N2[:, 0], rows.predict_N2[:, 1]]
+    hidden_ND = model.decode_at_answers(rows, media_ID, deepstack, cache)
     logprobs_N, best_N = token_logprobs(hidden_ND, *model.head(), rows.targets_N)
     return AnswerScores(logprobs_N, best_N, best_N == rows.targets_N, rows.counts)
 

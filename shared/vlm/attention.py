@@ -6,7 +6,6 @@ Legend: B rows, H heads, T queries, S keys, n chosen queries, d head width.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,27 +36,27 @@ def attention_of(decoder: Any, queries: Queries) -> Iterator[list[Tensor]]:
     Not while another thread uses the model: its attention function is switched while the context lasts.
     """
     layers: list[Tensor] = []
-    sdpa = AttentionInterface()["sdpa"]
+    before = decoder.config._attn_implementation
+    plain = AttentionInterface()[before]
 
     def attend(
         module: Any,
         query_BHTd: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor,
+        attention_bias: Tensor,
         *,
         scaling: float,
         **rest: Any,
     ) -> Any:
         key_BHSd = key.repeat_interleave(query_BHTd.shape[1] // key.shape[1], dim=1)
-        scores_BHnS = scaling * queries(query_BHTd) @ key_BHSd.mT
-        scores_BHnS = scores_BHnS.masked_fill(~queries(attention_mask), -math.inf)
+        scores_BHnS = scaling * queries(query_BHTd) @ key_BHSd.mT + queries(attention_bias)
         layers.append(scores_BHnS.float().softmax(dim=-1).mean(dim=1))
-        return sdpa(module, query_BHTd, key, value, attention_mask, scaling=scaling, **rest)
+        return plain(module, query_BHTd, key, value, attention_bias, scaling=scaling, **rest)
 
     AttentionInterface.register(_NAME, attend)
     decoder.set_attn_implementation(_NAME)
     try:
         yield layers
     finally:
-        decoder.set_attn_implementation("sdpa")
+        decoder.set_attn_implementation(before)

@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from shared.errors import ModelError
 from shared.packing import Media, PackedRows, block_mask
 from shared.vlm.families import Family, family_of
+from shared.vlm.lean import last_layer_at, make_lean
 from shared.vlm.prompt import Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -113,6 +114,7 @@ class VisionLanguageModel:
         self.vocabulary: int = text_config.vocab_size
         self.inner: Any = hf_model.model
         self.decoder: Any = getattr(self.inner, self.family.decoder)
+        make_lean(self.decoder)
         self.dtype: torch.dtype = self._embedding().weight.dtype
         """Of the base weights. Read once: on an adapted embedding, peft builds the whole matrix for `weight`."""
         self.image_token_id: int = config.image_token_id
@@ -161,11 +163,25 @@ class VisionLanguageModel:
         mask_B1TS = block_mask(rows.segments_BT, rows.n_cached)
         return self.decode_embeddings(self.row_embeddings(rows, media_ID), mask_B1TS, rows.positions_3BT, **extra)
 
+    def decode_at_answers(
+        self,
+        rows: PackedRows,
+        media_ID: Tensor | None,
+        deepstack: Sequence[Tensor] = (),
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """(N, D) the same where an answer token is predicted; what only other places need is left out."""
+        with last_layer_at(self.decoder, rows.predict_N2):
+            hidden_BTD = self.decode(rows, media_ID, deepstack, cache)
+        return hidden_BTD[rows.predict_N2.unbind(1)]
+
     def decode_embeddings(self, embeds_BTD: Tensor, mask_B1TS: Tensor, positions_3BT: Tensor, **extra: Any) -> Tensor:
-        """(B, T, D) last hidden states of embeddings under an explicit mask and explicit positions."""
+        """(B, T, D) last hidden states of embeddings under an explicit boolean mask and explicit positions."""
+        # Numbers once: attention would make them of a boolean mask in every layer, and keep each for backward.
+        bias_B1TS = torch.zeros_like(mask_B1TS, dtype=embeds_BTD.dtype).masked_fill_(~mask_B1TS, -torch.inf)
         hidden_BTD: Tensor = self.decoder(
             inputs_embeds=embeds_BTD,
-            attention_mask=mask_B1TS,
+            attention_mask=bias_B1TS,
             position_ids=positions_3BT if self.family.uses_mrope else positions_3BT[0],
             use_cache=False,
             **extra,

@@ -13,7 +13,8 @@ Legend: B images, T row length, K latents, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from shared.messages import Question
 from shared.vlm import VisionLanguageModel
 from shared.vlm.generator import Generator
+from shared.vlm.lean import make_lean
 from shared.vlm.prompt import SYSTEM_LINE
 from trainer.data.records import Record
 from trainer.data.sampling import Sampler
@@ -31,11 +33,26 @@ IGNORED = -100
 Questions = Sequence[Sequence[Question]]
 
 
+@contextlib.contextmanager
+def plain_layers(*models: VisionLanguageModel) -> Iterator[None]:
+    """The decoders' layers as transformers writes them; the project's own are put back afterwards."""
+    for model in models:
+        model.decoder.set_attn_implementation("sdpa")
+        for layer in model.decoder.layers:
+            layer.mlp.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        for model in models:
+            make_lean(model.decoder)
+
+
 def read(model: VisionLanguageModel, latents_BKD: Tensor, questions: Questions) -> tuple[float, Tensor]:
     """NLL (mean over images and questions) and its gradient for the latents (B, K, D), of one frozen anchor."""
     leaf_BKD = latents_BKD.detach().clone().requires_grad_()
-    loss = reader_loss([model], leaf_BKD, questions)
-    loss.backward()
+    with plain_layers(model):
+        loss = reader_loss([model], leaf_BKD, questions)
+        loss.backward()
     assert leaf_BKD.grad is not None
     return loss.item(), leaf_BKD.grad
 
@@ -166,6 +183,10 @@ class BaselineTrainer:
 
     def step(self, step: int) -> dict[str, float]:
         """One optimization step; data are loaded within it."""
+        with plain_layers(self.generator.model, self._anchor):
+            return self._step(step)
+
+    def _step(self, step: int) -> dict[str, float]:
         batch = self._sampler.batch(step)
         questions = [[question.message for question in row] for row in batch.questions]
         latents_BKD = generator_pass(self.generator, self._image_inputs(batch.records))

@@ -105,7 +105,7 @@ def anchor_check(folder: str) -> Check:
     anchor = FrozenAnchor("anchor", load_vlm(folder).freeze(), 16, LatentPositions.TEXT)
     latents_BKD = torch.randn(rows.n_rows, 16, facts.decoder.width)
     request = ReadRequest(request_id="r0", questions=questions, latents=latents_BKD, gradient=Gradient.FUSED)
-    size = (facts.decoder, rows.n_rows, rows.n_tokens, rows.n_keys)
+    size = (facts.decoder, rows.n_rows, rows.n_tokens, rows.n_keys, rows.n_predictions)
     return Check(
         "anchor's read",
         sum(read_bytes(facts, rows, "float32").values()),

@@ -19,10 +19,11 @@ _PREFIX = HEADER_TOKENS + 1
 
 
 def packed_read_flops(size: DecoderSize, n_images: int, n_latents: int, n_questions: int) -> int:
-    """The project's read: latents and branches in one row, the prefix known, logits of answer tokens alone."""
+    """The project's read: latents and branches in one row, the prefix known; last layer and logits for answers."""
     n_tokens = packed_tokens(n_latents, n_questions)
     n_predictions = n_images * n_questions * (ANSWER_TOKENS + 1)
-    return _pass_flops(size, n_images, n_tokens, _PREFIX + n_tokens, n_predictions)
+    shape = (size, n_images, n_tokens, _PREFIX + n_tokens, n_predictions)
+    return forward_flops(*shape) + input_gradient_flops(*shape) + 2 * head_flops(size, n_predictions)
 
 
 def packed_tokens(n_latents: int, n_questions: int) -> int:
@@ -33,7 +34,9 @@ def packed_tokens(n_latents: int, n_questions: int) -> int:
 def loop_read_flops(size: DecoderSize, n_images: int, n_latents: int, n_questions: int) -> int:
     """The baseline loop: a pass per question over whole rows, with logits at every position."""
     n_tokens = _PREFIX + n_latents + BRANCH_TOKENS
-    return n_questions * _pass_flops(size, n_images, n_tokens, n_tokens, n_images * n_tokens)
+    shape = (size, n_images, n_tokens, n_tokens)
+    logits = 2 * head_flops(size, n_images * n_tokens)
+    return n_questions * (forward_flops(*shape) + input_gradient_flops(*shape) + logits)
 
 
 def generator_flops(size: DecoderSize, n_images: int, n_tokens: int, rank: int) -> int:
@@ -43,8 +46,3 @@ def generator_flops(size: DecoderSize, n_images: int, n_tokens: int, rank: int) 
     lora_weights = rank * size.layers * (attention_ends + 3 * (size.width + size.ffn_width))
     tokens = n_images * n_tokens
     return stack + lora_forward_flops(lora_weights, tokens) + lora_backward_flops(lora_weights, tokens)
-
-
-def _pass_flops(size: DecoderSize, n_rows: int, n_tokens: int, n_keys: int, n_predictions: int) -> int:
-    stack = forward_flops(size, n_rows, n_tokens, n_keys) + input_gradient_flops(size, n_rows, n_tokens, n_keys)
-    return stack + 2 * head_flops(size, n_predictions)

@@ -23,6 +23,7 @@ from shared.packing import PackedRows
 from shared.reading import AnswerScores, mean_answer_weights, pack_questions, score_answers
 from shared.vlm import CachedPrefix, ImageTokens, VisionLanguageModel
 from shared.vlm.generator import Generator
+from shared.vlm.lean import ATTENTION
 
 Read = Callable[[FrozenAnchor, ReadRequest], ReadReply]
 _ANCHOR = "anchor_service.frozen_anchor"
@@ -80,12 +81,37 @@ def without_chunks(anchor: FrozenAnchor, request: ReadRequest) -> ReadReply:
         return anchor.read(request)
 
 
+def without_last_layer_cut(anchor: FrozenAnchor, request: ReadRequest) -> ReadReply:
+    """What follows the last attention, at every column."""
+    with mock.patch("shared.vlm.model.last_layer_at", return_value=contextlib.nullcontext()):
+        return anchor.read(request)
+
+
+def without_gated_product(anchor: FrozenAnchor, request: ReadRequest) -> ReadReply:
+    """silu(gate) · up under plain autograd, which keeps three tensors instead of two."""
+    with mock.patch("shared.vlm.lean.gated_product", lambda gate, up: F.silu(gate) * up):
+        return anchor.read(request)
+
+
+def without_grouped_attention(anchor: FrozenAnchor, request: ReadRequest) -> ReadReply:
+    """Keys and values repeated for every head."""
+    decoder = anchor.model.decoder
+    decoder.set_attn_implementation("sdpa")
+    try:
+        return anchor.read(request)
+    finally:
+        decoder.set_attn_implementation(ATTENTION)
+
+
 READ_SWITCHES: dict[str, Read] = {
     "packing": without_packing,
     "one fused pass": without_fusion,
     "cached prefix": without_cached_prefix,
     "answer-only logits": without_answer_rows,
     "chunked cross entropy": without_chunks,
+    "last layer cut to answers": without_last_layer_cut,
+    "gated product": without_gated_product,
+    "grouped attention": without_grouped_attention,
 }
 """What is switched off, and the read without it."""
 

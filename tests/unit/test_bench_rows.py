@@ -81,8 +81,9 @@ def test_points_lie_where_their_values_say(tmp_path: Path) -> None:
 
 
 def test_memory_rows(bench: Bench) -> None:
-    (row,) = memory_rows(bench, "tiny", PROPORTIONS_7B, at_most=0.35)
-    assert 0 < row.low <= row.high < 1
+    ratio, *without = memory_rows(bench, "tiny", PROPORTIONS_7B, at_most=0.35)
+    assert 0 < ratio.low <= ratio.high < 1
+    assert all(f"without {name}," in row.figure for name, row in zip(READ_SWITCHES, without, strict=True))
 
 
 def test_step_rows(bench: Bench) -> None:

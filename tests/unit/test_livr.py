@@ -23,6 +23,7 @@ from shared.messages import Question
 from shared.packing import block_mask
 from shared.vlm import ImageTokens
 from shared.vlm.generator import Generator
+from shared.vlm.lean import ATTENTION
 from tests.integration.helpers import training_tree
 from tests.reference import max_relative_error
 from tests.tiny_models import WIDTH
@@ -179,7 +180,7 @@ def test_logits_equal_eager_attention_per_layer(generator, pictures, questions, 
     AttentionInterface.register("eager_reference", EagerAttention(plain_mask(livr, generator, bottleneck)))
     generator.model.decoder.set_attn_implementation("eager_reference")
     slow = generator.hidden_states(livr.rows, tokens, reader.mask(livr, False))
-    generator.model.decoder.set_attn_implementation("sdpa")
+    generator.model.decoder.set_attn_implementation(ATTENTION)
     head, bias = generator.model.head()
     used = livr.rows.segments_BT >= 0
     assert max_relative_error(F.linear(fast[used], head, bias), F.linear(slow[used], head, bias)) <= 1e-5
@@ -475,14 +476,14 @@ def test_attention_share_against_all_weights(toy_folder: Path, tmp_path: Path) -
 
     def watch(module, query, key, value, mask, *, scaling, **rest):
         keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        scores = (scaling * query @ keys.mT).masked_fill(~mask, -math.inf)
+        scores = scaling * query @ keys.mT + mask
         weights.append(scores.softmax(-1)[0])
         return sdpa(module, query, key, value, mask, scaling=scaling, **rest)
 
     AttentionInterface.register("watched", watch)
     generator.model.decoder.set_attn_implementation("watched")
     generator.hidden_states(livr.rows, tokens, usage.reader.mask(livr, False))
-    generator.model.decoder.set_attn_implementation("sdpa")
+    generator.model.decoder.set_attn_implementation(ATTENTION)
     predicting = int(livr.rows.predict_N2[0, 1])
     expected = torch.stack(weights)[:, :, predicting, livr.roles_BT[0] == Role.LATENT].sum(-1).mean()
     assert shares[0] == pytest.approx(float(expected), rel=1e-4)

@@ -9,6 +9,7 @@ from torch import Tensor
 from shared.errors import ModelError
 from shared.vlm.generator import Generator
 from shared.vlm.latent_attention import LatentAttention, attention_map, latent_attention
+from shared.vlm.lean import ATTENTION
 from tests.tiny_models import FAMILY_NAMES
 from tests.unit.test_generator import K, disturb, make_generator
 
@@ -17,21 +18,16 @@ GRID_FAMILIES = [name for name in FAMILY_NAMES if name != "llava_onevision"]
 
 
 def eager_attention(generator: Generator, picture) -> Tensor:
-    """(L, H, T, T) of one image from transformers' own eager attention, which takes an additive mask."""
+    """(L, H, T, T) of one image from transformers' own eager attention."""
     seen: list[Tensor] = []
     decoder = generator.model.decoder
 
-    def additive(module, args, kwargs):
-        mask = kwargs["attention_mask"]
-        return args, kwargs | {"attention_mask": torch.where(mask, 0.0, torch.finfo(torch.float32).min)}
-
-    hooks = [decoder.register_forward_pre_hook(additive, with_kwargs=True)]
-    hooks += [
+    hooks = [
         layer.self_attn.register_forward_hook(lambda m, a, out: seen.append(out[1][0])) for layer in decoder.layers
     ]
     decoder.set_attn_implementation("eager")
     generator.emit(generator.image_tokens_from(generator.model.image_inputs([picture])))
-    decoder.set_attn_implementation("sdpa")
+    decoder.set_attn_implementation(ATTENTION)
     for hook in hooks:
         hook.remove()
     return torch.stack(seen)
@@ -75,7 +71,7 @@ def test_extraction_changes_neither_latents_nor_the_attention_function(tiny_fold
     tokens = generator.image_tokens_from(generator.model.image_inputs(pictures))
     before = generator.emit(tokens)
     latent_attention(generator, pictures)
-    assert generator.model.decoder.config._attn_implementation == "sdpa"
+    assert generator.model.decoder.config._attn_implementation == ATTENTION
     assert torch.equal(generator.emit(tokens), before)
 
 
@@ -84,7 +80,7 @@ def test_the_attention_function_is_restored_after_a_failure(tiny_folder, picture
     monkeypatch.setattr(generator, "emit", lambda tokens: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         latent_attention(generator, pictures)
-    assert generator.model.decoder.config._attn_implementation == "sdpa"
+    assert generator.model.decoder.config._attn_implementation == ATTENTION
 
 
 def test_tokens_on_no_grid_are_refused_by_name(tiny_folder, pictures):

@@ -5,16 +5,17 @@ With T tokens computed in a row over S keys, width D, attention width A, key wid
 of the dtype, each layer keeps per token
 
     8·D                      inputs of both norms, as float32
-    e · (2·A + 2·A·S/T)      queries, keys and values (repeated for every head), the attention's output
-    e · S                    the mask, which attention turns into numbers of its own dtype
-    3·e·F                    the gate, its activation, the up projection
+    e · (2·A + 2·A_k·S/T)    queries, keys and values, the attention's output; on a GPU A_k is A: keys and values are
+                             repeated for every head there
+    2·e·F                    the gate and the up projection (`shared.vlm.lean`)
     4 · (A + A_k)            Qwen3 only: inputs of the norms of queries and keys
 
 and with LoRA what its matrices need for their own gradients: their inputs (once per input in float32, a cast for each
 matrix in bfloat16), their rank-wide outputs and, in bfloat16, a cast of the weights. Gradient checkpointing keeps the
 input of every layer, and all of the above for one layer at a time. At the start of backward, gradients of the last
 layer come on top: `_GRADIENTS`, measured. Logits exist for answer tokens alone and one block of the vocabulary at
-a time (`shared.likelihood`).
+a time (`shared.likelihood`), and an anchor's last layer keeps what follows its attention for them alone. The mask is
+kept once, as numbers; on a GPU once per layer, since kernels pad it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from trainer.losses import ConceptHead
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _FLOAT32 = 4
 _TRAINABLE_BYTES = {"adapter, latent rows and concept head": 4, "their gradients": 4, "AdamW moments": 8}
-_GRADIENTS = {True: {"float32": 2, "bfloat16": 5}, False: {"float32": 3, "bfloat16": 4, "float64": 3}}
+_GRADIENTS = {True: {"float32": 2, "bfloat16": 5}, False: {"float32": 2, "bfloat16": 3, "float64": 2}}
 """Gradients on their way through a layer, in units of T·F values; by whether LoRA trains."""
 IN_FLIGHT = 2
 """Microbatches whose activations the generator holds while remote anchors read: the one out and the next."""
@@ -69,9 +70,10 @@ def estimate_memory(config: Config, models: Mapping[str, ModelFacts], questions:
     remote = any(anchor.placement == "ray" for anchor in config.anchors)
     in_flight = min(IN_FLIGHT, config.train.fewest_microbatches) if remote else 1
     rows, name = generator_rows(config, facts), "generator activations, checkpointing "
+    on_gpu = generator.device != "cpu"
     by_choice = {
         name + ("on" if checkpointing else "off"): in_flight
-        * activation_bytes(facts, rows, generator.dtype, generator.lora, checkpointing)
+        * activation_bytes(facts, rows, generator.dtype, generator.lora, checkpointing, on_gpu=on_gpu)
         for checkpointing in (generator.gradient_checkpointing, not generator.gradient_checkpointing)
     }
     (chosen, n_bytes), other = by_choice.items()
@@ -84,7 +86,8 @@ def estimate_memory(config: Config, models: Mapping[str, ModelFacts], questions:
         own = facts if shared else models[anchor.model]
         dtype = generator.dtype if shared else anchor.dtype
         weights = 0 if shared else own.parameters * BYTES[dtype]
-        read = read_bytes(own, anchor_rows(config, own, questions, anchor.replicas), dtype)
+        reads_on_gpu = anchor.gpus > 0 if anchor.placement == "ray" else on_gpu
+        read = read_bytes(own, anchor_rows(config, own, questions, anchor.replicas), dtype, on_gpu=reads_on_gpu)
         if anchor.placement == "ray":
             memory = {"weights": weights, **read}
             processes.append(ProcessMemory(f"anchor {anchor.name}", anchor.gpus > 0, anchor.replicas, memory))
@@ -94,7 +97,7 @@ def estimate_memory(config: Config, models: Mapping[str, ModelFacts], questions:
     # Local anchors read one after the other, each while the generator's activations wait for backward.
     parts |= {f"anchor {what}": n for what, n in max(reads, key=lambda read: sum(read.values())).items()}
     local = "".join(f" + {a.name}" for a in config.anchors if a.placement != "ray")
-    trainer = ProcessMemory(f"trainer (generator{local})", generator.device != "cpu", 1, parts, {chosen: other})
+    trainer = ProcessMemory(f"trainer (generator{local})", on_gpu, 1, parts, {chosen: other})
     return [trainer, *processes]
 
 
@@ -107,23 +110,32 @@ def trainable_parameters(config: Config, facts: ModelFacts) -> int:
 
 
 def activation_bytes(
-    facts: ModelFacts, rows: Rows, dtype: str, lora: LoraConfig | None = None, checkpointing: bool = False
+    facts: ModelFacts,
+    rows: Rows,
+    dtype: str,
+    lora: LoraConfig | None = None,
+    checkpointing: bool = False,
+    *,
+    on_gpu: bool = False,
 ) -> int:
     """What a pass with gradient holds at its peak, logits aside. lora: of the generator; None for anchors."""
     size, n_bytes = facts.decoder, BYTES[dtype]
-    layer = kept_per_layer(facts, rows, dtype, lora)
+    layer = kept_per_layer(facts, rows, dtype, lora, on_gpu=on_gpu)
     gradients = rows.all_tokens * _GRADIENTS[lora is not None][dtype] * size.ffn_width * n_bytes
     ends = rows.all_tokens * size.width * (n_bytes + _FLOAT32)  # embeddings, input of the final norm
+    mask = rows.all_tokens * rows.n_keys * n_bytes * (size.layers if on_gpu else 1)
     if checkpointing:
-        return size.layers * rows.all_tokens * size.width * n_bytes + layer + gradients + ends
-    return size.layers * layer + gradients + ends
+        return size.layers * rows.all_tokens * size.width * n_bytes + layer + gradients + ends + mask
+    return size.layers * layer + gradients + ends + mask
 
 
-def kept_per_layer(facts: ModelFacts, rows: Rows, dtype: str, lora: LoraConfig | None = None) -> int:
+def kept_per_layer(
+    facts: ModelFacts, rows: Rows, dtype: str, lora: LoraConfig | None = None, *, on_gpu: bool = False
+) -> int:
     """Bytes of the tensors that one layer keeps for backward; the formula at the head of this file."""
     size, n_bytes = facts.decoder, BYTES[dtype]
-    attention = 2 * size.attention_width * (1 + rows.n_keys / rows.n_tokens) + rows.n_keys
-    per_token = 2 * size.width * _FLOAT32 + (attention + 3 * size.ffn_width) * n_bytes
+    keys = (size.attention_width if on_gpu else size.kv_width) * rows.n_keys / rows.n_tokens
+    per_token = 2 * size.width * _FLOAT32 + 2 * (size.attention_width + keys + size.ffn_width) * n_bytes
     if facts.query_norm:
         per_token += (size.attention_width + size.kv_width) * _FLOAT32
     if lora is None:
@@ -133,16 +145,17 @@ def kept_per_layer(facts: ModelFacts, rows: Rows, dtype: str, lora: LoraConfig |
     return round(rows.all_tokens * (per_token + inputs * n_bytes)) + casts
 
 
-def read_bytes(facts: ModelFacts, rows: Rows, dtype: str) -> dict[str, int]:
+def read_bytes(facts: ModelFacts, rows: Rows, dtype: str, *, on_gpu: bool = False) -> dict[str, int]:
     """Activations and logits of one read with gradient. Gradients of a layer come after those of the logits."""
+    size, n_bytes = facts.decoder, BYTES[dtype]
     # In the dtype of the weights before and after, in float32 between.
-    bytes_per_logit = BYTES[dtype] if dtype != "bfloat16" else _FLOAT32 + 2 * BYTES[dtype]
-    logits = rows.n_predictions * min(facts.decoder.vocabulary, BLOCK) * bytes_per_logit
-    gradients = rows.all_tokens * _GRADIENTS[False][dtype] * facts.decoder.ffn_width * BYTES[dtype]
-    return {
-        "activations": activation_bytes(facts, rows, dtype) - min(gradients, logits),
-        "logits of answer tokens": logits,
-    }
+    bytes_per_logit = n_bytes if dtype != "bfloat16" else _FLOAT32 + 2 * n_bytes
+    logits = rows.n_predictions * min(size.vocabulary, BLOCK) * bytes_per_logit
+    gradients = rows.all_tokens * _GRADIENTS[False][dtype] * size.ffn_width * n_bytes
+    elsewhere = rows.all_tokens - rows.n_predictions
+    left_out = elsewhere * (2 * size.width * _FLOAT32 + 2 * size.ffn_width * n_bytes)  # two norms, gate and up
+    activations = activation_bytes(facts, rows, dtype, on_gpu=on_gpu) - left_out
+    return {"activations": activations - min(gradients, logits), "logits of answer tokens": logits}
 
 
 def _lora_inputs(facts: ModelFacts, lora: LoraConfig, shared: bool) -> int:

@@ -26,7 +26,7 @@ from shared.flops import (
     lora_forward_flops,
     tower_flops,
 )
-from trainer.estimate.devices import Device, this_cpu
+from trainer.estimate.devices import GPUS, Device, this_cpu
 from trainer.estimate.memory import BYTES, kept_per_layer
 from trainer.estimate.models import ModelFacts, lora_parameters
 from trainer.estimate.rows import Questions, Rows, anchor_rows, generator_rows, microbatch_images
@@ -95,7 +95,7 @@ def generator_seconds(config: Config, facts: ModelFacts, device: Device) -> tupl
     generator = config.generator
     rows, n_lora = generator_rows(config, facts), lora_parameters(facts, generator.lora)
     size = (facts.decoder, rows.n_rows, rows.n_tokens, rows.n_keys)
-    kept = kept_per_layer(facts, rows, generator.dtype, generator.lora)
+    kept = kept_per_layer(facts, rows, generator.dtype, generator.lora, on_gpu=device.name in GPUS)
     flops = forward_flops(*size) + lora_forward_flops(n_lora, rows.all_tokens)
     forward_s = pass_seconds(facts, device, generator.dtype, flops, kept)
     flops = input_gradient_flops(*size) + lora_backward_flops(n_lora, rows.all_tokens)
@@ -107,9 +107,9 @@ def generator_seconds(config: Config, facts: ModelFacts, device: Device) -> tupl
 
 def read_seconds(facts: ModelFacts, rows: Rows, dtype: str, device: Device, forwards: int = 1) -> float:
     """One read with gradient; forwards: 2 in vjp mode, which asks for log-probabilities first."""
-    size = (facts.decoder, rows.n_rows, rows.n_tokens, rows.n_keys)
+    size = (facts.decoder, rows.n_rows, rows.n_tokens, rows.n_keys, rows.n_predictions)
     head = head_flops(facts.decoder, rows.n_predictions)
-    kept = kept_per_layer(facts, rows, dtype)
+    kept = kept_per_layer(facts, rows, dtype, on_gpu=device.name in GPUS)
     forward_s = pass_seconds(facts, device, dtype, forward_flops(*size) + head, kept)
     return forwards * forward_s + pass_seconds(
         facts, device, dtype, input_gradient_flops(*size) + head, kept, backward=True
