@@ -67,6 +67,10 @@ class AnchorReader:
         try:
             while n_open:
                 events = await arrived.get()
+                # Whoever listens too slowly for single tokens gets those that have come meanwhile together.
+                while not isinstance(events, BaseException) and not arrived.empty():
+                    more = arrived.get_nowait()
+                    events = more if isinstance(more, BaseException) else [*events, *more]
                 if isinstance(events, BaseException):
                     raise events
                 n_open -= sum(isinstance(event, EndEvent) for event in events)
