@@ -15,6 +15,7 @@ import numpy as np
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
 from anchor_service.serving.api import make_api
@@ -172,6 +173,8 @@ def _deployment(
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=drain_s,
         health_check_period_s=2,
+        # The gate writes a line for each request, with more in it.
+        logging_config=LoggingConfig(enable_access_log=False),
         **scaling,
     )
 
