@@ -70,8 +70,8 @@ class AnchorDeployment:
             yield events
 
     async def answer(self, job: Job) -> list[Event]:
-        """All events of a job in one reply: a call less for every token."""
-        return [event async for events in self._reader.generate(job) for event in events]
+        """See `AnchorReader`."""
+        return await self._reader.answer(job)
 
     async def next_logprobs(
         self, image: str, latents_KD: np.ndarray, question: str, answers: Sequence[tuple[int, ...]]
