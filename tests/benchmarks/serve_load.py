@@ -166,10 +166,9 @@ def first_token_rows(url: str, n_images: int) -> list[Result]:
         body = chat(image=image, question=question, stream=True)
         started = time.perf_counter()
         with http.stream("POST", "/v1/chat/completions", json=body) as stream:
-            for line in stream.iter_lines():
-                if '"content":"' in line and '"content":""' not in line:
-                    taken = time.perf_counter() - started
-        return taken
+            lines = [(line, time.perf_counter()) for line in stream.iter_lines()]
+        arrived = [at for line, at in lines if '"content":"' in line and '"content":""' not in line]
+        return arrived[0] - started
 
     with httpx2.Client(base_url=url, timeout=60) as http:
         images = [picture(1000 + i) for i in range(n_images)]

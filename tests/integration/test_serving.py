@@ -211,3 +211,19 @@ def test_an_update_under_load_loses_no_request(url: str, tree: dict[str, Any]) -
 def test_a_folder_that_is_no_run_is_said_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such run folder; train first"):
         build(serve_tree(tmp_path / "nothing"))
+
+
+def test_deployments_scale_drain_and_bound_their_queues(tree: dict[str, Any]) -> None:
+    anchors = [{**anchor, "max_replicas": 3} for anchor in tree["anchors"]]
+    limits = {**LIMITS, "request_timeout_s": 90.0}
+    front = build({**tree, "anchors": anchors, "limits": limits})._bound_deployment
+    generator, by_name = front.init_args[2:]
+    configs = {name: app._bound_deployment._deployment_config for name, app in {**by_name, "g": generator}.items()}
+    for config in (*configs.values(), front._deployment_config):
+        assert config.graceful_shutdown_timeout_s == 90.0, "as long as a request may take"
+        assert config.max_queued_requests > 0, "bounded"
+        assert config.backpressure_config.status_code == 429
+    scaling = configs["A"].autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
+    assert 1 <= scaling.target_ongoing_requests < configs["A"].max_ongoing_requests, "grows before its queue fills"
+    assert configs["g"].autoscaling_config is None
