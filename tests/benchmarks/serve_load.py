@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from anchor_service.serving.engine import EndEvent, Engine, Job, TokenEvent
 from anchor_service.serving.sampling import Sampling
 from anchor_service.serving.schema import ChatRequest
+from anchor_service.serving.service import Service
 from shared.config import GeneratorConfig
 from shared.images import decode_image
 from shared.packing import Media
@@ -51,6 +52,7 @@ VICTIMS = ("anchor-A", "generator")
 """Killed in turn."""
 ANSWERS = ("one-word", f"{N_WORDS}-word")
 WARM_UP_S = 3.0
+ROUNDS = 5
 
 
 def one_word(number: int) -> dict[str, Any]:
@@ -129,33 +131,35 @@ def batching_row(kind: str, batched: Load, alone: Load) -> Result:
     return barred(figure, ratio, "× answers/s", "≥ 3", ratio >= 3, len(batched.seconds))
 
 
-def direct_loads(tree: dict[str, Any], duration_s: float) -> dict[str, Load]:
-    """The same jobs on the engines of the same anchors in this process: no HTTP, no Serve, latents there already."""
+def direct_load(service: Service, kind: str, duration_s: float) -> Load:
+    """The same jobs on the engine of the same anchor in this process: no HTTP, no Serve, latents there already."""
 
-    async def load(kind: str) -> Load:
-        model = one_word(0)["model"] if kind == ANSWERS[0] else many_words(0)["model"]
-        jobs = [(await service.prepare(ChatRequest(**BODIES[kind](i)))).job for i in range(N_IMAGES)]
+    async def go() -> Load:
+        answerings = [await service.prepare(ChatRequest(**BODIES[kind](i))) for i in range(N_IMAGES)]
 
         async def ask(number: int) -> int:
-            async for _ in service.anchors[model].generate(jobs[number % N_IMAGES], True):
+            async for _ in service.answer(answerings[number % N_IMAGES], replayable=True):
                 pass
             return 200
 
-        await closed_loop(ask, OVERHEAD_CLIENTS, min(WARM_UP_S, duration_s))
         return await closed_loop(ask, OVERHEAD_CLIENTS, duration_s)
 
-    service = local_service(tree)
-    return {kind: asyncio.run(load(kind)) for kind in ANSWERS}
+    return asyncio.run(go())
 
 
-def overhead_rows(kind: str, http: Load, direct: Load) -> list[Result]:
-    """Of HTTP and Serve over the engine."""
-    ratio = http.percentile_ms(50) / direct.percentile_ms(50)
+def overhead_rows(url: str, service: Service, kind: str, duration_s: float, rounds: int = ROUNDS) -> list[Result]:
+    """Of HTTP and Serve over the engine: both in turn, ratios within a round. service: of the same config."""
+    direct_ms, ratios = [], []
+    for _ in range(rounds):
+        direct_ms.append(direct_load(service, kind, duration_s / rounds).percentile_ms(50))
+        over_http = http_load(url, BODIES[kind], N_IMAGES, OVERHEAD_CLIENTS, duration_s / rounds)
+        ratios.append(over_http.percentile_ms(50) / direct_ms[-1])
     name = f"{kind} answers, {OVERHEAD_CLIENTS} clients"
-    n = len(direct.seconds)
+    ratio = quartiles(f"{name}: p50 over HTTP / engine called directly", ratios, "×")
+    assert ratio.value is not None
     return [
-        plain(f"{name}: p50 of the engine called directly", direct.percentile_ms(50), "ms", n),
-        barred(f"{name}: p50 over HTTP / engine called directly", ratio, "×", "≤ 1.25", ratio <= 1.25, n),
+        quartiles(f"{name}: p50 of the engine called directly", direct_ms, "ms"),
+        replace(ratio, bar="≤ 1.25", met=ratio.value <= 1.25),
     ]
 
 
@@ -338,21 +342,20 @@ def measured(folder: Path, seconds: float, soak_minutes: float, repetitions: int
     run, wordy = make_run(folder), write_wordy(folder / "words")
     rows = latents_rows(wordy, repetitions)
     tree = tree_of(run, wordy)
+    local = local_service(tree)
     with serving(folder, tree) as served:
         batched = {kind: loads_over_http(served.url, kind, CLIENTS, seconds) for kind in ANSWERS}
         for kind, loads in batched.items():
             rows += throughput_rows(loads, kind)
+            rows += overhead_rows(served.url, local, kind, 2 * seconds)
         rows += first_token_rows(served.url, repetitions)
         capacity = max(load.per_second for load in batched[ANSWERS[1]].values())
         rows += overload_rows(served.url, capacity, seconds)
         rows += soak_rows(served, soak_minutes, **soak)
-    direct = direct_loads(tree, seconds)
     with serving(folder, tree_of(run, wordy, engine={"rows": 1}, batch_requests=1)) as served:
         for kind in ANSWERS:
             alone = loads_over_http(served.url, kind, (BATCHING_CLIENTS,), seconds)
             rows.append(batching_row(kind, batched[kind][BATCHING_CLIENTS], alone[BATCHING_CLIENTS]))
-    for kind in ANSWERS:
-        rows += overhead_rows(kind, batched[kind][OVERHEAD_CLIENTS], direct[kind])
     return rows
 
 

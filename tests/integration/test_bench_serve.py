@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.benchmarks import serve_load
 from tests.benchmarks.serve_process import Served, serving
-from tests.serving import make_run
+from tests.serving import local_service, make_run
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
-    with serving(folder, serve_load.tree_of(make_run(folder), serve_load.write_wordy(folder / "words"))) as one:
+    return serve_load.tree_of(make_run(folder), serve_load.write_wordy(folder / "words"))
+
+
+@pytest.fixture(scope="module")
+def served(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("served"), tree) as one:
         yield one
+
+
+def test_overhead(served: Served, tree: dict[str, Any]) -> None:
+    direct, ratio = serve_load.overhead_rows(served.url, local_service(tree), serve_load.ANSWERS[0], 1.0, rounds=2)
+    assert direct.n == ratio.n == 2
+    assert ratio.value > 1
+    assert ratio.bar == "≤ 1.25"
 
 
 @pytest.mark.parametrize("kind", serve_load.ANSWERS)
