@@ -7,7 +7,7 @@ export RAY_AUTH_MODE ?= disabled
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-vllm test-fast lint format models seeds model-figures evaluation-figures livr-figures gap-figures clevr-mini curriculum-figures data-figures bench bench-gpu page-examples clean
+.PHONY: help setup demo test test-vllm test-fast lint format models seeds model-figures evaluation-figures livr-figures gap-figures clevr-mini curriculum-figures data-figures bench bench-gpu bench-serve page-examples clean
 
 help:            ## list targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
@@ -85,6 +85,9 @@ bench: setup     ## measure the anchor path against the baseline loop (quiet mac
 
 bench-gpu: setup ## the same on a GPU, with random 7B models; without one, figures are recorded as not measured
 	$(RUN) -m tests.benchmarks.anchor_path_gpu
+
+bench-serve: setup  ## measure the service under load on loopback, with a soak of 10 minutes (quiet machine, 20 minutes)
+	$(RUN) -m tests.benchmarks.serve_load
 
 page-examples: setup  ## write the example images of the served page again
 	$(RUN) -m trainer.toy.page_examples

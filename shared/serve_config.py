@@ -76,7 +76,11 @@ class LimitsConfig(Section):
     latent_norm: float = Field(1000.0, gt=0, allow_inf_nan=False, description="Length of a latent from outside.")
     requests: int = Field(64, ge=1, le=10_000, description="At work or waiting at one time; more get 429.")
     request_timeout_s: float = Field(60.0, gt=0, le=3600)
-    body_timeout_s: float = Field(10.0, gt=0, le=600, description="For a request's body to arrive.")
+    body_timeout_s: float = Field(10.0, gt=0, le=600, description="For a request's body, or a remote image, to arrive.")
+    image_hosts: tuple[str, ...] = Field(
+        (),
+        description="Hosts, as NAME or NAME:PORT, whose https images are fetched, from public addresses; none: no URL.",
+    )
 
 
 class AccessConfig(Section):

@@ -69,8 +69,12 @@ class LocalAnchor:
     def __init__(self, reader: AnchorReader):
         self.reader = reader
 
-    def generate(self, job: Job, replayable: bool) -> AsyncIterator[list[Event]]:
-        return self.reader.generate(job)
+    async def generate(self, job: Job, replayable: bool) -> AsyncIterator[list[Event]]:
+        if replayable:
+            yield await self.reader.answer(job)
+            return
+        async for events in self.reader.generate(job):
+            yield events
 
     async def next_logprobs(self, image: str, latents: Any, question: str, answers: Any) -> np.ndarray:
         return await self.reader.next_logprobs(image, latents, question, answers)

@@ -6,6 +6,7 @@ python -m anchor_service serve --config deploy/serve/toy.yaml       # the same f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
 from anchor_service.serving.api import make_api
@@ -32,7 +34,6 @@ from shared.serve_config import ReplicasConfig, ServeConfig, ServedAnchorConfig
 from shared.vlm import vlm_config
 
 EXAMPLE_IMAGE = Path(__file__).with_name("example.png")
-_DRAIN_S = 20.0
 
 
 class GeneratorDeployment:
@@ -67,6 +68,10 @@ class AnchorDeployment:
         """See `AnchorReader`."""
         async for events in self._reader.generate(job):
             yield events
+
+    async def answer(self, job: Job) -> list[Event]:
+        """See `AnchorReader`."""
+        return await self._reader.answer(job)
 
     async def next_logprobs(
         self, image: str, latents_KD: np.ndarray, question: str, answers: Sequence[tuple[int, ...]]
@@ -121,15 +126,17 @@ def build(args: dict[str, Any]) -> serve.Application:
     shape = (run.generator.latents, _width(run.generator.model))
     _check_anchors(config, run, shape[1])
     limits = config.limits
-    generator = _deployment(GeneratorDeployment, "generator", config.generator, limits.requests).bind(config)
+    # A replica that is replaced finishes what it has accepted, which takes at most the time that a request may take.
+    deployment = functools.partial(_deployment, drain_s=limits.request_timeout_s)
+    generator = deployment(GeneratorDeployment, "generator", config.generator, limits.requests).bind(config)
     anchors = {
-        anchor.name: _deployment(
+        anchor.name: deployment(
             AnchorDeployment, f"anchor-{anchor.name}", anchor, limits.requests, _environment(anchor)
         ).bind(config, anchor)
         for anchor in config.anchors
     }
     # One more than the gate lets in: it says 429 itself, with its bound. What waits before it is Serve's queue.
-    front = _deployment(Front, "front", config.front, limits.requests + 64)
+    front = deployment(Front, "front", config.front, limits.requests + 64)
     application: serve.Application = front.bind(config, shape, generator, anchors)
     return application
 
@@ -140,7 +147,13 @@ def _environment(anchor: ServedAnchorConfig) -> dict[str, Any]:
 
 
 def _deployment(
-    cls: Any, name: str, replicas: ReplicasConfig, n_requests: int, runtime_env: dict[str, Any] | None = None
+    cls: Any,
+    name: str,
+    replicas: ReplicasConfig,
+    n_requests: int,
+    runtime_env: dict[str, Any] | None = None,
+    *,
+    drain_s: float,
 ) -> Any:
     scaling: dict[str, Any] = {"num_replicas": replicas.min_replicas}
     if replicas.max_replicas > replicas.min_replicas:
@@ -158,8 +171,10 @@ def _deployment(
         max_ongoing_requests=n_requests,
         max_queued_requests=n_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        graceful_shutdown_timeout_s=_DRAIN_S,
+        graceful_shutdown_timeout_s=drain_s,
         health_check_period_s=2,
+        # The gate writes a line for each request, with more in it.
+        logging_config=LoggingConfig(enable_access_log=False),
         **scaling,
     )
 

@@ -29,11 +29,11 @@ class _Choice:
 async def chat_completion(service: Service, answering: Answering) -> dict[str, Any]:
     """The whole response. Whatever a replica had written when it died is written again."""
     choices = _choices(answering)
+    with_logprobs = answering.request.logprobs
     async for events in service.answer(answering, replayable=True):
         for event in events:
-            _take(choices, event)
+            _take(choices, event, with_logprobs)
     body = _head(answering, "chat.completion")
-    with_logprobs = answering.request.logprobs
     body["choices"] = [
         {
             "index": i,
@@ -92,12 +92,13 @@ def _head(answering: Answering, kind: str) -> dict[str, Any]:
     }
 
 
-def _take(choices: Sequence[_Choice], event: Event) -> dict[str, Any] | None:
-    """Add an event to its answer; the token's log-probabilities, if it is one."""
+def _take(choices: Sequence[_Choice], event: Event, with_logprobs: bool) -> dict[str, Any] | None:
+    """Add an event to its answer; the token's log-probabilities, if it is one and they are asked for."""
     choice = choices[event.sample]
     choice.text += event.text
     if isinstance(event, EndEvent):
         choice.end = event
+    if isinstance(event, EndEvent) or not with_logprobs:
         return None
     choice.tokens.append(_logprobs(event))
     return choice.tokens[-1]
@@ -112,9 +113,9 @@ def _logprobs(event: TokenEvent) -> dict[str, Any]:
 
 
 def _chunk_of(answering: Answering, choices: Sequence[_Choice], event: Event) -> dict[str, Any]:
-    token = _take(choices, event)
+    token = _take(choices, event, answering.request.logprobs)
     reason = event.reason if isinstance(event, EndEvent) else None
-    logprobs = {"content": [token]} if token is not None and answering.request.logprobs else None
+    logprobs = {"content": [token]} if token is not None else None
     return _chunk_choice(event.sample, {"content": event.text} if event.text else {}, reason, logprobs)
 
 

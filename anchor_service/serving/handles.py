@@ -50,21 +50,18 @@ class RemoteAnchor:
         self._handle = handle
 
     async def generate(self, job: Job, replayable: bool) -> AsyncIterator[list[Event]]:
-        """Events of a job. replayable: hold them back until all are there, so that every death can be survived;
+        """Events of a job. replayable: all of them at once in one reply, so that every death can be survived;
         otherwise only one before the first event.
         """
+        if replayable:
+            yield await _call(self._handle.answer, job)
+            return
         for n_before in range(TRIES):
-            held: list[list[Event]] = []
             has_sent = False
             response = self._handle.options(stream=True).generate.remote(job)
             try:
                 async for events in response:
-                    if replayable:
-                        held.append(events)
-                    else:
-                        has_sent = True
-                        yield events
-                for events in held:
+                    has_sent = True
                     yield events
                 return
             except _GONE as error:
@@ -95,8 +92,12 @@ class RemoteAnchor:
 
 async def _call(method: Any, *arguments: Any) -> Any:
     for n_before in range(TRIES):
+        response = method.remote(*arguments)
         try:
-            return await method.remote(*arguments)
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
         except _GONE as error:
             await _pause(n_before, error)
         except (BackPressureError, DeploymentUnavailableError, RayTaskError) as error:

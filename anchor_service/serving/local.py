@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from threading import Event
 
 from ray import serve
+from ray.serve.schema import LoggingConfig
 from rich.console import Console
 
 from anchor_service.cluster import ray_cluster
@@ -47,7 +48,8 @@ def running(file: ServeFile) -> Iterator[str]:
                 "port": file.port,
                 # The front answers in time by itself; this ends what it could not.
                 "request_timeout_s": 2 * file.config.limits.request_timeout_s,
-            }
+            },
+            logging_config=LoggingConfig(enable_access_log=False),
         )
         try:
             serve.run(application, name=NAME, route_prefix="/")

@@ -55,6 +55,39 @@ class AnchorReader:
             async for events in events_of_job:
                 yield events
 
+    async def answer(self, job: Job) -> list[Event]:
+        """All events of a job at once; the event loop is woken for the answer, not for every token of it."""
+        if self._vllm is not None:
+            return [event async for events in self.generate(job) for event in events]
+        loop = asyncio.get_running_loop()
+        whole: asyncio.Future[list[Event]] = loop.create_future()
+        held: list[Event] = []
+        n_open = job.sampling.n
+
+        def settle(error: BaseException | None) -> None:
+            if whole.done():
+                return
+            if error is None:
+                whole.set_result(held)
+            else:
+                whole.set_exception(error)
+
+        def arrive(events: list[Event] | BaseException) -> None:  # in the engine's thread
+            nonlocal n_open
+            if isinstance(events, BaseException):
+                loop.call_soon_threadsafe(settle, events)
+                return
+            held.extend(events)
+            n_open -= sum(isinstance(event, EndEvent) for event in events)
+            if n_open == 0:
+                loop.call_soon_threadsafe(settle, None)
+
+        cancel = self._thread.submit(job, arrive)
+        try:
+            return await whole
+        finally:
+            cancel()
+
     async def _decoded(self, job: Job) -> AsyncGenerator[list[Event], None]:
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[list[Event] | BaseException] = asyncio.Queue()
@@ -67,6 +100,10 @@ class AnchorReader:
         try:
             while n_open:
                 events = await arrived.get()
+                # Whoever listens too slowly for single tokens gets those that have come meanwhile together.
+                while not isinstance(events, BaseException) and not arrived.empty():
+                    more = arrived.get_nowait()
+                    events = more if isinstance(more, BaseException) else [*events, *more]
                 if isinstance(events, BaseException):
                     raise events
                 n_open -= sum(isinstance(event, EndEvent) for event in events)

@@ -19,20 +19,26 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _data_url(url: str) -> str:
-    if re.match(_DATA_URL, url, re.ASCII) is None:
-        raise ValueError("no data URL of an image (data:image/png;base64,…); remote images are not fetched")
+def _image_url(url: str) -> str:
+    if re.match(_IMAGE_URL, url, re.ASCII) is None:
+        raise ValueError("no data URL of an image (data:image/png;base64,…), and no https URL")
+    if url.startswith(REMOTE) and len(url) > _LONGEST_URL:
+        raise ValueError(f"a URL has {len(url)} characters, more than {_LONGEST_URL}, which is the limit")
     return url
 
 
-_DATA_URL = r"^data:image/[a-zA-Z0-9.+-]+;base64,"
+REMOTE = "https://"
+_IMAGE_URL = r"^(data:image/[a-zA-Z0-9.+-]+;base64,|https://)"
+_LONGEST_URL = 2000
 Text = Annotated[str, AfterValidator(_encodable)]
-DataUrl = Annotated[
+ImageSource = Annotated[
     str,
-    AfterValidator(_data_url),
+    AfterValidator(_encodable),
+    AfterValidator(_image_url),
     Field(
-        json_schema_extra={"pattern": _DATA_URL},
-        description="`data:image/png;base64,…`: PNG, JPEG, WebP, GIF, BMP, TIFF or PPM. No other URL is read.",
+        json_schema_extra={"pattern": _IMAGE_URL},
+        description="`data:image/png;base64,…`: PNG, JPEG, WebP, GIF, BMP, TIFF or PPM; or, of hosts that the service "
+        "lists in `limits.image_hosts`, an https URL.",
         examples=[EXAMPLE_IMAGE],
     ),
 ]
@@ -48,7 +54,7 @@ class Strict(BaseModel):
 class ImageUrl(Strict):
     """Where an image part has its image."""
 
-    url: DataUrl
+    url: ImageSource
     detail: Literal["auto", "low", "high"] | None = None
 
 
@@ -147,7 +153,7 @@ class LatentsRequest(Strict):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"images": [EXAMPLE_IMAGE]}]})
 
-    images: list[DataUrl] = Field(min_length=1, description="Each gives latents of its own.")
+    images: list[ImageSource] = Field(min_length=1, description="Each gives latents of its own.")
     format: Literal["base64", "list"] = Field("base64", description="list: nested lists, for few numbers.")
 
 
@@ -169,7 +175,7 @@ class QuestionAnswer(Strict):
 class ScoreEntry(Strict):
     """One image, or its latents, with questions about it."""
 
-    image: DataUrl | None = None
+    image: ImageSource | None = None
     latents: EncodedLatents | list[list[Finite]] | None = Field(None, description="As /v1/latents gives them.")
     questions: list[QuestionAnswer] = Field(min_length=1)
 

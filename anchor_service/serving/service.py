@@ -28,8 +28,9 @@ from anchor_service.serving.inputs import (
     noise_like,
 )
 from anchor_service.serving.joint import Joint, JointAnchor, Vocabulary
+from anchor_service.serving.remote import RemoteImages
 from anchor_service.serving.sampling import Sampling
-from anchor_service.serving.schema import ChatRequest, ImagePart, ScoreEntry, TextPart
+from anchor_service.serving.schema import REMOTE, ChatRequest, ImagePart, ScoreEntry, TextPart
 from shared.errors import DataError
 from shared.messages import Question
 from shared.serve_config import ServeConfig
@@ -82,6 +83,7 @@ class Service:
         self.anchors = anchors
         self.latents_cache: Cache[np.ndarray] = Cache(config.cache_bytes, lambda latents_KD: latents_KD.nbytes)
         self.attention_cache: Cache[bytes] = Cache(config.cache_bytes // 4, len)
+        self.remote = RemoteImages(config.limits)
         self._example = example
         weights = {name: config.joint.weights.get(name, 1.0) for name in anchors}
         self.joint = Joint(anchors, vocabularies, weights, config.joint.mean)
@@ -106,7 +108,7 @@ class Service:
     async def latents_of_urls(self, urls: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
         """Latents of each image, in order."""
         check_count(len(urls), self.config.limits.batch, "images")
-        images = [decoded_url(url) for url in urls]
+        images = await self._images(urls)
         return await gathered(*(self.latents([image]) for image in images))
 
     async def prepare(self, request: ChatRequest) -> Answering:
@@ -124,7 +126,7 @@ class Service:
         check_count(len(urls), limits.images, "images")
         if not urls:
             raise ServiceError(422, "no_image", "the message has no image; add a part of type image_url")
-        images = [decoded_url(url) for url in urls]
+        images = await self._images(urls)
         latents_KD, cached = await self.latents(images)
         latents_KD = await self._swapped(latents_KD, request.visual_latents.swap, digest_of(images))
         sampling = Sampling(
@@ -196,6 +198,14 @@ class Service:
         states = await self.states()
         return {name: name in states for name in ("generator", *self.anchors)}
 
+    async def _images(self, urls: Sequence[str]) -> list[bytes]:
+        """Encoded images, in order."""
+
+        async def image(url: str) -> bytes:
+            return await self.remote.fetch(url) if url.startswith(REMOTE) else decoded_url(url)
+
+        return await gathered(*map(image, urls))
+
     async def _swapped(self, latents_KD: np.ndarray, swap: str, digest: str) -> np.ndarray:
         if swap == "noise":
             return noise_like(latents_KD, digest)
@@ -218,7 +228,7 @@ class Service:
 
     async def _latents_of_entry(self, entry: ScoreEntry) -> np.ndarray:
         if entry.image is not None:
-            return (await self.latents([decoded_url(entry.image)]))[0]
+            return (await self.latents(await self._images([entry.image])))[0]
         assert entry.latents is not None, "the schema asks for one of both"
         return checked_latents(entry.latents, self.shape, self.config.limits.latent_norm)
 

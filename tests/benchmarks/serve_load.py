@@ -1,321 +1,374 @@
-"""The service under load on loopback, beside its engine called directly (`make bench-serve`).
+"""The service under load on loopback, beside its engine called directly (`make bench-serve`, 20 minutes).
 
-The service runs in processes of its own (`python -m anchor_service serve`, toy anchors A and B, a run of two steps:
-what the answers say does not matter here). Clients ask again as soon as they are answered, over kept-alive connections.
+The service runs in processes of its own (`python -m anchor_service serve`, with a run of two training steps: what its
+latents say does not matter here). The toy anchors A and B answer with one word, so what a request costs outside the
+engine is nearly everything. The anchor "words" has A's shape and random weights, and is asked for 64 words: it seldom
+draws the end of turn before, so the engine has something to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import subprocess
+import itertools
+import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
-import psutil
 import torch
-import yaml
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from anchor_service.serving.engine import Engine, Job
-from anchor_service.serving.reader import AnchorReader
+from anchor_service.serving.engine import EndEvent, Engine, Job, TokenEvent
 from anchor_service.serving.sampling import Sampling
-from shared.config import parse_section
+from anchor_service.serving.schema import ChatRequest
+from anchor_service.serving.service import Service
+from shared.config import GeneratorConfig
+from shared.images import decode_image
 from shared.packing import Media
-from shared.run_folder import run_config
-from shared.serve_config import ServeConfig
 from shared.vlm import load_vlm
+from shared.vlm.generator import Generator
 from tests.benchmarks.results import Result, record
-from tests.integration.cluster import free_ports
-from tests.serving import MODELS, QUESTION, chat, make_run, picture, serve_tree
+from tests.benchmarks.serve_client import Ask, Load, asking, closed_loop, http_load, open_loop
+from tests.benchmarks.serve_process import Served, serving
+from tests.serving import MODELS, QUESTION, chat, local_service, make_run, picture, serve_tree
 
 COMMAND = "make bench-serve"
 CLIENTS = (1, 8, 32, 64)
-OVERHEAD_CLIENTS, BATCHING_CLIENTS = 8, 32
+OVERHEAD_CLIENTS, BATCHING_CLIENTS, SOAK_CLIENTS = 8, 32, 8
 ROOM = 64
-LATENTS = (1, 4, 16, 64)
 N_IMAGES = 16
-START_LIMIT_S = 240
-REPLICAS = "SERVE_REPLICA::visual-latents"
-LONG = {"temperature": 2.0, "max_tokens": 64, "visual_latents": {"swap": "noise"}}
-"""Many words: an answer drawn from a flat distribution ends late."""
-Ask = Callable[[int], Awaitable[int]]
+N_WORDS = 64
+LATENTS = (0, 4, 16, 64)
+OVERLOAD = 4
+MOST_ARRIVALS = 5_000
+VICTIMS = ("anchor-A", "generator")
+"""Killed in turn."""
+ANSWERS = ("one-word", f"{N_WORDS}-word")
+WARM_UP_S = 3.0
+ROUNDS = 5
 
 
-@dataclass
-class Load:
-    """What clients saw. seconds: of answers with status 200; refused_s: of those with 429."""
-
-    duration_s: float = 0.0
-    seconds: list[float] = field(default_factory=list)
-    refused_s: list[float] = field(default_factory=list)
-    statuses: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def per_second(self) -> float:
-        """Answers per second."""
-        return len(self.seconds) / self.duration_s
-
-    def percentile_ms(self, percent: float) -> float:
-        """Of answers."""
-        return 1e3 * float(np.percentile(self.seconds, percent))
+def one_word(number: int) -> dict[str, Any]:
+    """To a toy anchor, which answers with one word."""
+    return chat(image=picture(number), model="A")
 
 
-@contextlib.contextmanager
-def serving(folder: Path, run: Path, **sections: Any) -> Iterator[str]:
-    """The service with these sections of its config; its URL."""
-    (port,) = free_ports(1)
-    limits = {"requests": ROOM, "max_tokens": 64}
-    tree = serve_tree(run, limits=limits, access={"requests_per_minute": 10_000_000}, **sections)
-    file = folder / f"serve-{port}.yaml"
-    http = {"host": "127.0.0.1", "port": port}
-    file.write_text(yaml.safe_dump({"http_options": http, "applications": [{"args": tree}]}))
-    with file.with_suffix(".log").open("w") as log:
-        command = [sys.executable, "-m", "anchor_service", "serve", "--config", str(file)]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url, process, file.with_suffix(".log"))
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
+def many_words(number: int) -> dict[str, Any]:
+    """To the anchor of random weights. Seeds make both sides of a comparison write the same."""
+    return chat(image=picture(number), model="words", temperature=1.0, seed=number, max_tokens=N_WORDS)
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Raises AssertionError with the log if it does not become ready."""
-    deadline = time.monotonic() + START_LIMIT_S
-    while True:
-        with contextlib.suppress(httpx2.HTTPError):
-            if httpx2.get(f"{url}/readyz", timeout=10).status_code == 200:
-                return
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]  # noqa: PT018
-        time.sleep(0.2)
+BODIES = dict(zip(ANSWERS, (one_word, many_words), strict=True))
 
 
-async def offered(ask: Ask, n_clients: int, duration_s: float) -> Load:
-    """Load of clients that ask one question after the other."""
-    load = Load()
-    end = time.perf_counter() + duration_s
-
-    async def client(number: int) -> None:
-        while (started := time.perf_counter()) < end:
-            status = await ask(number)
-            seconds = time.perf_counter() - started
-            load.statuses[status] += 1
-            (load.seconds if status == 200 else load.refused_s).append(seconds)
-            number += n_clients
-
-    started = time.perf_counter()
-    await asyncio.gather(*(client(i) for i in range(n_clients)))
-    load.duration_s = time.perf_counter() - started
-    return load
+def write_wordy(folder: Path) -> str:
+    """The model folder of A with random weights."""
+    shutil.copytree(MODELS / "A", folder)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    return str(folder)
 
 
-def load_of(url: str, n_clients: int, duration_s: float, **more: Any) -> Load:
-    """Over HTTP, about N_IMAGES images in turn."""
-    bodies = [chat(image=picture(i), **more) for i in range(N_IMAGES)]
-
-    async def go() -> Load:
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx2.AsyncClient(limits=limits, timeout=120) as http:
-
-            async def ask(number: int) -> int:
-                try:
-                    body = bodies[number % N_IMAGES]
-                    return (await http.post(f"{url}/v1/chat/completions", json=body)).status_code
-                except httpx2.HTTPError:
-                    return 0
-
-            return await offered(ask, n_clients, duration_s)
-
-    load = asyncio.run(go())
-    print(f"{n_clients} clients: {load.per_second:.0f} answers/s, {dict(load.statuses)}", file=sys.stderr, flush=True)
-    return load
+def tree_of(run: Path, wordy: str, **sections: Any) -> dict[str, Any]:
+    """Arguments of the application: anchors A, B and words. Nothing but a full service may say 429."""
+    limits = {"requests": ROOM, "max_tokens": N_WORDS}
+    access = {"requests_per_minute": 10_000_000}
+    tree = serve_tree(run, limits=limits, access=access, cache_bytes=2**20, **sections)
+    tree["anchors"].append({"name": "words", "model": wordy, "cpus": 0.25})
+    return tree
 
 
-def direct_load(run: Path, n_clients: int, duration_s: float, **sampling: Any) -> Load:
-    """The same anchor's engine in this process."""
-    config = parse_section(ServeConfig, serve_tree(run), "bench")
-    reader = AnchorReader(config.anchors[0], run_config(run), config.engine, config.batch_requests, "cpu")
-    latents_KD = np.random.default_rng(0).standard_normal((run_config(run).generator.latents, 64)).astype(np.float32)
-    jobs = [Job(f"{i}", latents_KD * (i + 1), QUESTION, Sampling(**sampling)) for i in range(N_IMAGES)]
-
-    async def ask(number: int) -> int:
-        async for _ in reader.generate(jobs[number % N_IMAGES]):
-            pass
-        return 200
-
-    return asyncio.run(offered(ask, n_clients, duration_s))
+def plain(figure: str, value: float, unit: str, n: int) -> Result:
+    """A figure without bar and without repetitions."""
+    return Result(f"service, {figure}", value, unit, "–", None, None, None, n, COMMAND)
 
 
-def bounded(figure: str, value: float, unit: str, bar: str, met: bool | None, n: int) -> Result:
-    """A figure without repetitions."""
+def barred(figure: str, value: float, unit: str, bar: str, met: bool, n: int) -> Result:
+    """A figure that has to reach something."""
     return Result(f"service, {figure}", value, unit, bar, met, None, None, n, COMMAND)
 
 
-def throughput_rows(url: str, duration_s: float) -> tuple[list[Result], dict[int, Load]]:
-    """At each number of clients."""
-    loads = {n: load_of(url, n, duration_s) for n in CLIENTS}
+def quartiles(figure: str, values: list[float], unit: str) -> Result:
+    """The median of repetitions."""
+    low, median, high = map(float, np.percentile(values, [25, 50, 75]))
+    return Result(
+        f"service, {figure}", median, f"{unit}; median and quartiles", "–", None, low, high, len(values), COMMAND
+    )
+
+
+def loads_over_http(url: str, kind: str, clients: tuple[int, ...], duration_s: float) -> dict[int, Load]:
+    """A closed loop at each number of clients, about N_IMAGES images in turn, after a warm-up."""
+    http_load(url, BODIES[kind], N_IMAGES, max(clients), min(WARM_UP_S, duration_s))
+    loads = {}
+    for n in clients:
+        loads[n] = http_load(url, BODIES[kind], N_IMAGES, n, duration_s)
+        assert set(loads[n].statuses) == {200}, f"{n} clients: {dict(loads[n].statuses)}"
+        say(f"{kind} answers, {n} clients: {loads[n].per_second:.0f}/s, p50 {loads[n].percentile_ms(50):.0f} ms")
+    return loads
+
+
+def throughput_rows(loads: dict[int, Load], kind: str) -> list[Result]:
+    """Throughput and latencies at each number of clients."""
     rows = []
     for n, load in loads.items():
-        rows.append(bounded(f"{n} clients: throughput", load.per_second, "answers/s", "–", None, len(load.seconds)))
-        for percent in (50, 95, 99):
-            latency = load.percentile_ms(percent)
-            rows.append(bounded(f"{n} clients: p{percent}", latency, "ms", "–", None, len(load.seconds)))
-    return rows, loads
-
-
-def first_token_rows(url: str) -> list[Result]:
-    """Of a second question about an image against the first."""
-
-    def first_token_s(image: bytes, question: str) -> float:
-        started = time.perf_counter()
-        body = chat(image=image, question=question, stream=True)
-        with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as stream:
-            for line in stream.iter_lines():
-                if '"content":"' in line and '"content":""' not in line:
-                    return time.perf_counter() - started
-        return time.perf_counter() - started
-
-    pairs = []
-    for i in range(30):
-        image = picture(1000 + i)
-        first = first_token_s(image, QUESTION)
-        pairs.append((first, first_token_s(image, "how many things are there?")))
-    first_s, second_s = np.median(np.array(pairs), axis=0)
-    ratios = np.array([second / first for first, second in pairs])
-    unit = "second question about an image / first, median (quartiles)"
-    low, high = np.percentile(ratios, [25, 75])
-    return [
-        bounded("time to first token, new image", 1e3 * first_s, "ms", "–", None, len(pairs)),
-        bounded("time to first token, cached image", 1e3 * second_s, "ms", "–", None, len(pairs)),
-        Result(
-            "service, time to first token: ratio", float(np.median(ratios)), unit, "–", None, low, high, 30, COMMAND
-        ),
-    ]
-
-
-def latents_rows() -> list[Result]:
-    """What K latents cost the anchor: seconds of one request alone, and bytes of keys and values."""
-    model = load_vlm(str(MODELS / "A")).freeze()
-    config = model.hf_model.config.get_text_config()
-    per_token = (
-        2
-        * config.num_hidden_layers
-        * config.num_key_value_heads
-        * (config.hidden_size // config.num_attention_heads)
-        * 4
-    )
-    times: dict[int, list[float]] = {k: [] for k in LATENTS}
-    for _ in range(40):
-        for k in LATENTS:
-            engine = Engine(model, Media(k), 1)
-            latents_KD = torch.randn(k, model.width).numpy()
-            started = time.perf_counter()
-            engine.add(Job("image", latents_KD, QUESTION, Sampling(max_tokens=8)))
-            while not engine.is_idle:
-                engine.step()
-            times[k].append(time.perf_counter() - started)
-    rows = []
-    for k in LATENTS:
-        low, median, high = 1e3 * np.percentile(times[k][5:], [25, 50, 75])
-        figure = f"service, K = {k}: one request on the engine"
-        rows.append(Result(figure, median, "ms, median (quartiles)", "–", None, low, high, 35, COMMAND))
-        rows.append(bounded(f"K = {k}: keys and values of the latents", k * per_token / 1024, "KiB", "–", None, 1))
+        name = f"{kind} answers, {n} clients"
+        rows.append(plain(f"{name}: throughput", load.per_second, "answers/s", len(load.seconds)))
+        rows += [plain(f"{name}: p{p}", load.percentile_ms(p), "ms", len(load.seconds)) for p in (50, 95, 99)]
     return rows
 
 
-def overload_rows(url: str, duration_s: float) -> list[Result]:
-    """Four times as many clients as there is room for."""
-    load = load_of(url, 4 * ROOM, duration_s, **LONG)
-    refused = 1.0 if not load.refused_s else float(np.percentile(load.refused_s, 99))
-    only = set(load.statuses) <= {200, 429}
-    after = load_of(url, 8, 3.0)
+def batching_row(kind: str, batched: Load, alone: Load) -> Result:
+    """Throughput with dynamic batches and continuous decoding over one request after the other."""
+    ratio = batched.per_second / alone.per_second
+    figure = f"{kind} answers, {BATCHING_CLIENTS} clients: batching / none"
+    return barred(figure, ratio, "× answers/s", "≥ 3", ratio >= 3, len(batched.seconds))
+
+
+def direct_load(service: Service, kind: str, duration_s: float) -> Load:
+    """The same jobs on the engine of the same anchor in this process: no HTTP, no Serve, latents there already."""
+
+    async def go() -> Load:
+        answerings = [await service.prepare(ChatRequest(**BODIES[kind](i))) for i in range(N_IMAGES)]
+
+        async def ask(number: int) -> int:
+            async for _ in service.answer(answerings[number % N_IMAGES], replayable=True):
+                pass
+            return 200
+
+        return await closed_loop(ask, OVERHEAD_CLIENTS, duration_s)
+
+    return asyncio.run(go())
+
+
+def overhead_rows(url: str, service: Service, kind: str, duration_s: float, rounds: int = ROUNDS) -> list[Result]:
+    """Of HTTP and Serve over the engine: both in turn, ratios within a round. service: of the same config."""
+    direct_ms, ratios = [], []
+    for _ in range(rounds):
+        direct_ms.append(direct_load(service, kind, duration_s / rounds).percentile_ms(50))
+        over_http = http_load(url, BODIES[kind], N_IMAGES, OVERHEAD_CLIENTS, duration_s / rounds)
+        ratios.append(over_http.percentile_ms(50) / direct_ms[-1])
+    name = f"{kind} answers, {OVERHEAD_CLIENTS} clients"
+    ratio = quartiles(f"{name}: p50 over HTTP / engine called directly", ratios, "×")
+    assert ratio.value is not None
+    return [
+        quartiles(f"{name}: p50 of the engine called directly", direct_ms, "ms"),
+        replace(ratio, bar="≤ 1.25", met=ratio.value <= 1.25),
+    ]
+
+
+def first_token_rows(url: str, n_images: int) -> list[Result]:
+    """Time to the first token of a second question about an image against the first question."""
+
+    def seconds(image: bytes, question: str) -> float:
+        body = chat(image=image, question=question, stream=True)
+        started = time.perf_counter()
+        with http.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = [(line, time.perf_counter()) for line in stream.iter_lines()]
+        arrived = [at for line, at in lines if '"content":"' in line and '"content":""' not in line]
+        return arrived[0] - started
+
+    with httpx2.Client(base_url=url, timeout=60) as http:
+        images = [picture(1000 + i) for i in range(n_images)]
+        pairs = [(seconds(one, QUESTION), seconds(one, "what color is the circle?")) for one in images]
+    return [
+        quartiles("time to first token, new image", [1e3 * first for first, _ in pairs], "ms"),
+        quartiles("time to first token, cached image", [1e3 * second for _, second in pairs], "ms"),
+        quartiles("time to first token, cached / new image", [b / a for a, b in pairs], "× within an image"),
+    ]
+
+
+def latents_rows(wordy: str, repetitions: int) -> list[Result]:
+    """What K latents cost a request alone: on the generator, on the anchor's engine, as keys and values there.
+
+    K = 0 is the question alone: the generator writes nothing.
+    """
+    model = load_vlm(wordy).freeze()
+    sizes = model.hf_model.config.get_text_config()
+    head_width = sizes.hidden_size // sizes.num_attention_heads
+    per_token = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * head_width * model.dtype.itemsize
+    generators = {
+        k: Generator(GeneratorConfig(model=str(MODELS / "A"), latents=k, device="cpu"), 0) for k in LATENTS[1:]
+    }
+    image = decode_image(picture(0), 10_000)
+    costs: dict[int, list[RequestCost]] = {k: [] for k in LATENTS}
+    for repetition in range(-1, repetitions):
+        for k in LATENTS if repetition % 2 else reversed(LATENTS):
+            written_s = seconds_to_write(generators[k], image) if k else 0.0
+            cost = request_cost(Engine(model, Media(k), 1), k, written_s)
+            costs[k] += [cost] if repetition >= 0 else []
+    rows = []
+    for k, one in costs.items():
+        kib = one[0].prompt_tokens * per_token / 1024
+        rows += [
+            quartiles(f"K = {k}: latents of an image written", [1e3 * c.written_s for c in one], "ms"),
+            quartiles(f"K = {k}: first token on the engine", [1e3 * c.first_s for c in one], "ms"),
+            quartiles(f"K = {k}: every further token", [1e3 * c.further_s for c in one], "ms"),
+            plain(f"K = {k}: keys and values when the answer begins", kib, "KiB per request", 1),
+        ]
+    return rows
+
+
+@dataclass(frozen=True)
+class RequestCost:
+    """Of one request alone."""
+
+    written_s: float
+    first_s: float
+    further_s: float
+    prompt_tokens: int
+
+
+@torch.no_grad()
+def seconds_to_write(generator: Generator, image: Any) -> float:
+    """From decoded image to latents."""
+    started = time.perf_counter()
+    generator.emit(generator.image_tokens_from(generator.model.image_inputs([image])))
+    return time.perf_counter() - started
+
+
+def request_cost(engine: Engine, k: int, written_s: float) -> RequestCost:
+    """The same draws for every K, so that about as many tokens are written."""
+    latents_KD = np.random.default_rng(0).standard_normal((k, engine.model.width)).astype(np.float32)
+    engine.add(Job("image", latents_KD, QUESTION, Sampling(max_tokens=16, temperature=1.0, seed=1)))
+    times = [time.perf_counter()]
+    events = []
+    while not engine.is_idle:
+        events += [event for _, event in engine.step()]
+        times.append(time.perf_counter())
+    (end,) = [event for event in events if isinstance(event, EndEvent)]
+    assert sum(isinstance(event, TokenEvent) for event in events) > 1
+    # The first token's step also reads its own column; that belongs to the second token, and is as long as any other.
+    return RequestCost(written_s, times[1] - times[0], float(np.median(np.diff(times)[1:])), end.prompt_tokens)
+
+
+def overload_rows(url: str, capacity: float, duration_s: float) -> list[Result]:
+    """An open loop at OVERLOAD × capacity (answers/s), then whether everybody is answered again."""
+
+    async def go() -> tuple[Load, float]:
+        async with asking(url, many_words, N_IMAGES) as ask:
+            return await open_loop(ask, OVERLOAD * capacity, duration_s, MOST_ARRIVALS)
+
+    load, arrived = asyncio.run(go())
+    say(f"overload: {arrived:.0f} arrivals/s, {dict(load.statuses)}")
+    p99_s = float(np.percentile(load.refused_s, 99)) if load.refused_s else float("nan")
+    is_quick = p99_s <= 1 and load.n_lost == 0
+    after = http_load(url, many_words, N_IMAGES, OVERHEAD_CLIENTS, min(3.0, duration_s))
     recovered = set(after.statuses) == {200}
+    name = f"{OVERLOAD} × overload"
+    n = sum(load.statuses.values())
     return [
-        bounded("4 × overload: p99 of a 429", refused, "s", "≤ 1 s", refused <= 1 and only, len(load.refused_s)),
-        bounded("after overload: all answered", float(recovered), "1: yes", "1", recovered, len(after.seconds)),
+        plain(f"{name}: arrivals / capacity", arrived / capacity, "×", n),
+        plain(f"{name}: answered / capacity", load.per_second / capacity, "×", len(load.seconds)),
+        barred(f"{name}: p99 of a 429", p99_s, "s", "≤ 1, nothing but 200 and 429", is_quick, len(load.refused_s)),
+        barred(f"after {name}: all answered", float(recovered), "1: yes", "1", recovered, len(after.seconds)),
     ]
 
 
-def soak_rows(url: str, minutes: float) -> list[Result]:
-    """Eight clients while an anchor's replica is killed every minute."""
-    load = Load()
-    memory: list[tuple[float, float]] = []
-    started = time.monotonic()
-    killed = 0
-    while (elapsed_s := time.monotonic() - started) < 60 * minutes:
-        part = load_of(url, 8, 10.0)
-        load.seconds += part.seconds
-        load.statuses += part.statuses
-        if int((elapsed_s + 10) // 60) > killed:
-            killed += 1
-            victims = [p for p in psutil.process_iter(["cmdline"]) if f"{REPLICAS}#anchor-A#" in first_word(p)]
-            victims[0].kill()
-        else:
-            memory.append((elapsed_s / 60, resident_mib(("#front#", "#generator#", "#anchor-B#"))))
-    lost = sum(n for status, n in load.statuses.items() if status not in (200, 429))
-    slope = float(np.polyfit(*np.array(memory).T, 1)[0])
+@dataclass
+class Soak:
+    """memory: (minute, MiB of what is not killed). back_s: from each kill until the service was ready again."""
+
+    load: Load
+    memory: list[tuple[float, float]] = field(default_factory=list)
+    back_s: list[float] = field(default_factory=list)
+
+
+async def soaked(served: Served, minutes: float, kill_every_s: float, sample_every_s: float) -> Soak:
+    """Clients ask, every tenth time about a new image, while a replica dies every so often in the middle of it."""
+
+    def body_of(number: int) -> dict[str, Any]:
+        return chat(image=picture(10_000 + number // 10), model="AB"[number % 2])
+
+    async def watch() -> AsyncIterator[float]:
+        while (elapsed_s := time.monotonic() - started) < 60 * minutes:
+            yield elapsed_s
+            await asyncio.sleep(sample_every_s)
+
+    async def ask_all_along(ask: Ask) -> None:
+        soak.load = await closed_loop(ask, SOAK_CLIENTS, 60 * minutes)
+
+    soak, started, victims = Soak(Load()), time.monotonic(), itertools.cycle(VICTIMS)
+    next_kill_s = kill_every_s / 2
+    async with asking(served.url, body_of) as ask, asyncio.TaskGroup() as group:
+        group.create_task(ask_all_along(ask))
+        async for elapsed_s in watch():
+            soak.memory.append((elapsed_s / 60, served.memory_mib(without=VICTIMS)))
+            if elapsed_s < next_kill_s:
+                continue
+            next_kill_s += kill_every_s
+            served.replica(next(victims)).kill()
+            killed = time.monotonic()
+            while not await asyncio.to_thread(served.is_ready):
+                await asyncio.sleep(0.2)
+            soak.back_s.append(time.monotonic() - killed)
+    return soak
+
+
+def soak_rows(served: Served, minutes: float, kill_every_s: float = 60.0, sample_every_s: float = 5.0) -> list[Result]:
+    """Nothing accepted is lost, memory stays, the service comes back by itself."""
+    soak = asyncio.run(soaked(served, minutes, kill_every_s, sample_every_s))
+    load = soak.load
+    say(f"soak: {load.per_second:.0f}/s, {dict(load.statuses)}, back after {[round(s, 1) for s in soak.back_s]} s")
+    # The first quarter fills caches and pools.
+    settled = np.array(soak.memory[len(soak.memory) // 4 :])
+    slope = float(np.polyfit(settled[:, 0], settled[:, 1], 1)[0])
+    name = f"soak of {minutes:g} min"
+    lost = f"{name}, {len(soak.back_s)} kills: accepted requests lost"
+    n = len(load.seconds)
     return [
-        bounded(
-            f"soak {minutes:g} min, {killed} kills: requests lost", lost, "requests", "0", lost == 0, len(load.seconds)
-        ),
-        bounded(f"soak {minutes:g} min: memory of what was not killed", slope, "MiB/min", "–", None, len(memory)),
-        bounded(f"soak {minutes:g} min: p99", load.percentile_ms(99), "ms", "–", None, len(load.seconds)),
+        barred(lost, load.n_lost, "requests", "0", load.n_lost == 0, n),
+        plain(f"{name}: told to come again (429)", load.statuses[429], "requests", n),
+        plain(f"{name}: p99", load.percentile_ms(99), "ms", n),
+        plain(f"{name}: longest time until ready after a kill", max(soak.back_s), "s", len(soak.back_s)),
+        plain(f"{name}: memory of what was not killed", float(settled[:, 1].mean()), "MiB", len(settled)),
+        plain(f"{name}: slope of that memory", slope, "MiB/min after the first quarter", len(settled)),
     ]
 
 
-def first_word(process: psutil.Process) -> str:
-    """Ray writes a worker's title there."""
-    return (process.info["cmdline"] or [""])[0]
+def say(line: str) -> None:
+    """How far it is."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def resident_mib(names: Sequence[str]) -> float:
-    """Of the service's replicas with these names."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if REPLICAS in first_word(p)]
-    return sum(p.memory_info().rss for p in found if any(name in first_word(p) for name in names)) / 2**20
+def measured(folder: Path, seconds: float, soak_minutes: float, repetitions: int, **soak: float) -> list[Result]:
+    """All rows. seconds: of each load. soak: see `soak_rows`."""
+    run, wordy = make_run(folder), write_wordy(folder / "words")
+    rows = latents_rows(wordy, repetitions)
+    tree = tree_of(run, wordy)
+    local = local_service(tree)
+    with serving(folder, tree) as served:
+        batched = {kind: loads_over_http(served.url, kind, CLIENTS, seconds) for kind in ANSWERS}
+        for kind, loads in batched.items():
+            rows += throughput_rows(loads, kind)
+            rows += overhead_rows(served.url, local, kind, 2 * seconds)
+        rows += first_token_rows(served.url, repetitions)
+        capacity = max(load.per_second for load in batched[ANSWERS[1]].values())
+        rows += overload_rows(served.url, capacity, seconds)
+        rows += soak_rows(served, soak_minutes, **soak)
+    with serving(folder, tree_of(run, wordy, engine={"rows": 1}, batch_requests=1)) as served:
+        for kind in ANSWERS:
+            alone = loads_over_http(served.url, kind, (BATCHING_CLIENTS,), seconds)
+            rows.append(batching_row(kind, batched[kind][BATCHING_CLIENTS], alone[BATCHING_CLIENTS]))
+    return rows
 
 
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="Of load for each figure.")
+    parser.add_argument("--seconds", type=float, default=15.0, help="Of each load.")
     parser.add_argument("--soak-minutes", type=float, default=10.0)
+    parser.add_argument("--repetitions", type=int, default=40, help="Of what is timed request by request.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run = make_run(folder)
-        rows = latents_rows()
-        with serving(folder, run) as url:
-            load_of(url, 8, 3.0)
-            throughput, loads = throughput_rows(url, options.seconds)
-            long = load_of(url, BATCHING_CLIENTS, options.seconds, **LONG)
-            rows += [*throughput, *first_token_rows(url), *overload_rows(url, options.seconds)]
-            rows += soak_rows(url, options.soak_minutes)
-        with serving(folder, run, engine={"rows": 1}, batch_requests=1) as url:
-            load_of(url, 8, 3.0)
-            plain = load_of(url, BATCHING_CLIENTS, options.seconds)
-            plain_long = load_of(url, BATCHING_CLIENTS, options.seconds, **LONG)
-        direct = direct_load(run, OVERHEAD_CLIENTS, options.seconds, max_tokens=64)
-        for label, ours, other in (("short", loads[BATCHING_CLIENTS], plain), ("long", long, plain_long)):
-            ratio = ours.per_second / other.per_second
-            figure = f"{BATCHING_CLIENTS} clients, {label} answers: batching / none"
-            rows.append(bounded(figure, ratio, "× answers/s", "≥ 3", ratio >= 3, len(ours.seconds)))
-        overhead = loads[OVERHEAD_CLIENTS].percentile_ms(50) / direct.percentile_ms(50)
-        figure = f"{OVERHEAD_CLIENTS} clients: p50 over HTTP / engine called directly"
-        rows.append(bounded(figure, overhead, "×", "≤ 1.25", overhead <= 1.25, len(direct.seconds)))
-        rows.append(bounded("8 clients: p50 of the engine alone", direct.percentile_ms(50), "ms", "–", None, 1))
-    record(rows)
+        record(measured(Path(name), options.seconds, options.soak_minutes, options.repetitions))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,12 @@ import httpx2
 import openai
 import pytest
 import ray
+from ray import serve
 
-from anchor_service.serving.local import running
+from anchor_service.serving.app import build
+from anchor_service.serving.local import NAME, running
 from shared.config import parse_section
+from shared.errors import ConfigError
 from shared.serve_config import ServeConfig, ServeFile
 from tests.integration.cluster import free_ports
 from tests.serving import QUESTION, chat, make_run, picture, serve_tree
@@ -29,8 +32,13 @@ WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    tree = serve_tree(make_run(tmp_path_factory.mktemp("run")), limits=LIMITS, access={"requests_per_minute": 100_000})
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run = make_run(tmp_path_factory.mktemp("run"))
+    return serve_tree(run, limits=LIMITS, access={"requests_per_minute": 100_000})
+
+
+@pytest.fixture(scope="module")
+def url(tree: dict[str, Any]) -> Iterator[str]:
     (port,) = free_ports(1)
     config = parse_section(ServeConfig, tree, "test")
     with running(ServeFile(config=config, host="127.0.0.1", port=port)) as address:
@@ -105,10 +113,11 @@ def test_requests_that_come_together_share_steps(url: str) -> None:
     assert counters(url, "generator")["images"] >= 1
 
 
-def test_answers_that_nobody_waits_for_are_computed_no_further(url: str) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_answers_that_nobody_waits_for_are_computed_no_further(url: str, stream: bool) -> None:
     async def leave() -> None:
         async with httpx2.AsyncClient(timeout=WAIT_S) as http:
-            body = chat(stream=True, **LONG)
+            body = chat(stream=stream, **LONG)
             asked = [asyncio.create_task(http.post(f"{url}/v1/chat/completions", json=body)) for _ in range(8)]
             while not (await asyncio.to_thread(counters, url, "A"))["waiting"]:
                 assert not all(one.done() for one in asked)
@@ -174,9 +183,47 @@ def kill_replica(deployment: str) -> None:
     ray.kill(ray.get_actor(names[0], namespace="serve"), no_restart=True)
 
 
-def test_a_folder_that_is_no_run_is_said_before_anything_starts(tmp_path: Path) -> None:
-    from anchor_service.serving.app import build
-    from shared.errors import ConfigError
+def test_an_update_under_load_loses_no_request(url: str, tree: dict[str, Any]) -> None:
+    """Every deployment is replaced; what a replica has accepted it finishes, what comes meanwhile waits."""
 
+    async def ask_during_the_update() -> list[int]:
+        updated = {**tree, "limits": {**LIMITS, "n": 8}}
+        update = asyncio.create_task(asyncio.to_thread(serve.run, build(updated), name=NAME, route_prefix="/"))
+
+        async def client(number: int) -> list[int]:
+            statuses = []
+            while not update.done():
+                body = chat(image=picture(200 + number), temperature=2.0, n=8, max_tokens=2000)
+                statuses.append((await http.post(f"{url}/v1/chat/completions", json=body)).status_code)
+            return statuses
+
+        async with httpx2.AsyncClient(timeout=WAIT_S) as http:
+            statuses = [one for of_client in await asyncio.gather(*map(client, range(6))) for one in of_client]
+        await update
+        return statuses
+
+    statuses = asyncio.run(ask_during_the_update())
+    assert len(statuses) > 6
+    assert set(statuses) == {200}
+    assert "9 answers (n), more than 8" in posted(url, [chat(n=9)])[0].text, "the update has arrived"
+
+
+def test_a_folder_that_is_no_run_is_said_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such run folder; train first"):
         build(serve_tree(tmp_path / "nothing"))
+
+
+def test_deployments_scale_drain_and_bound_their_queues(tree: dict[str, Any]) -> None:
+    anchors = [{**anchor, "max_replicas": 3} for anchor in tree["anchors"]]
+    limits = {**LIMITS, "request_timeout_s": 90.0}
+    front = build({**tree, "anchors": anchors, "limits": limits})._bound_deployment
+    generator, by_name = front.init_args[2:]
+    configs = {name: app._bound_deployment._deployment_config for name, app in {**by_name, "g": generator}.items()}
+    for config in (*configs.values(), front._deployment_config):
+        assert config.graceful_shutdown_timeout_s == 90.0, "as long as a request may take"
+        assert config.max_queued_requests > 0, "bounded"
+        assert config.backpressure_config.status_code == 429
+    scaling = configs["A"].autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
+    assert 1 <= scaling.target_ongoing_requests < configs["A"].max_ongoing_requests, "grows before its queue fills"
+    assert configs["g"].autoscaling_config is None

@@ -232,9 +232,13 @@ def test_what_a_chat_must_not_ask(client: TestClient, name: str) -> None:
 def test_messages_that_are_none(client: TestClient) -> None:
     body = chat()
     body["messages"][0]["content"][0]["image_url"]["url"] = "http://192.0.2.1/a.png"
+    assert "no https URL" in error_of(client.post("/v1/chat/completions", json=body), 422, "invalid_request")
+    body["messages"][0]["content"][0]["image_url"]["url"] = "https://192.0.2.1/a.png"
     assert "remote images are not fetched" in error_of(
-        client.post("/v1/chat/completions", json=body), 422, "invalid_request"
+        client.post("/v1/chat/completions", json=body), 422, "remote_image"
     )
+    body["messages"][0]["content"][0]["image_url"]["url"] = "https://" + 2000 * "a"
+    assert "more than 2000" in error_of(client.post("/v1/chat/completions", json=body), 422, "invalid_request")
     body = chat()
     body["messages"][0]["content"] = 3 * body["messages"][0]["content"]
     assert "3 images, more than 2" in error_of(client.post("/v1/chat/completions", json=body), 422, "too_many")
