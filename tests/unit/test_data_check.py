@@ -123,7 +123,7 @@ def test_page_and_table_name_every_fault(toy_folder: Path, faulty: Path, tmp_pat
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     page = write_page(check, tmp_path / "page").read_text()
     for expected in (
-        "1 images stand in both train and val",
+        "1 image stands in both train and val",
         "broken.png: image of record train/5 cannot be decoded",
         "line 6: no valid JSON",
         "split test cannot be read",

@@ -38,12 +38,13 @@ def print_check(check: DataCheck, console: Console) -> None:
 def _printed(table: Table) -> Printed:
     """As it fits a terminal of 80 columns: the cells of a block stand below each other."""
     width = len(table.columns) if any(table.blocks) else 1
+    between = " " if width > 1 else "\n"
     headings = ["\n".join([name, *table.columns]) for name in table.blocks] if width > 1 else table.columns
     printed = Printed("", title=table.title)
     for heading in headings:
         printed.add_column(heading, justify="right")
     for name, cells in table.rows.items():
-        texts = [f"{cell.text} {cell.detail}".strip() for cell in cells]
+        texts = [f"{cell.text}{between}{cell.detail}".strip() for cell in cells]
         printed.add_row(name, *("\n".join(texts[i : i + width]) for i in range(0, len(texts), width)))
     return printed
 
@@ -208,7 +209,8 @@ def _problems(check: DataCheck) -> list[Listing]:
 def _warnings(check: DataCheck) -> list[str]:
     lines = [f"split {name} cannot be read: {reason}" for name, reason in check.absent.items()]
     for (one, other), n in check.shared.items():
-        lines.append(f"{n} images stand in both {one} and {other}: what is measured on {other} is no longer unseen")
+        what = "1 image stands" if n == 1 else f"{n} images stand"
+        lines.append(f"{what} in both {one} and {other}: what is measured on {other} is no longer unseen")
     for split in check.splits:
         for damage, what in ((split.damaged, "damaged records"), (split.broken, "broken images")):
             lines += [f"{split.name}: {message}" for message in damage.messages]
