@@ -144,6 +144,19 @@ def test_a_damaged_record_is_named_or_skipped_and_counted(tmp_path, caplog, dama
     assert "skipped: " in caplog.text
 
 
+def test_numbers_and_scenes_that_are_there_twice_are_named_or_skipped(tmp_path):
+    write_clevr(tmp_path, [{**question, "question_index": 7 + n // 2} for n, question in enumerate(good_entries())])
+    with pytest.raises(DataError, match=r"questions\.json: question 1: question_index 7 is used twice; drop one"):
+        load_records(DataConfig(path=tmp_path), "train")
+    kept = load_records(DataConfig(path=tmp_path, on_error="skip"), "train")
+    assert [q.text for record in kept for q in record.questions] == ["Colour?", "How many?"]
+    write_clevr(tmp_path, good_entries())
+    change_json(tmp_path / "scenes/CLEVR_train_scenes.json", lambda c: c["scenes"].append({**c["scenes"][0], "own": 1}))
+    with pytest.raises(DataError, match=r"scene 2: a second scene for CLEVR_train_000000\.png; drop one of them"):
+        load_records(DataConfig(path=tmp_path), "train")
+    assert "own" not in load_records(DataConfig(path=tmp_path, on_error="skip"), "train")[0].scene
+
+
 def test_an_image_cut_short_is_named_when_it_is_loaded(tmp_path):
     """Its header is whole, so only decoding can find out."""
     write_clevr(tmp_path, good_entries())

@@ -196,6 +196,25 @@ def test_damage_in_gqa_is_named_or_skipped_and_counted(name: str, tmp_path: Path
     assert "1 damaged records skipped" in caplog.text
 
 
+def test_images_and_graphs_of_gqa_that_are_there_twice_are_named_or_skipped(tmp_path: Path, caplog: Any) -> None:
+    hub = SAMPLES["gqa_hub"](tmp_path / "hub", ("train",))
+    file = tmp_path / "hub/train_balanced_images/train-00001-of-00002.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[2]["id"] = "2300000"  # picture 5 as a second picture 0
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    with pytest.raises(DataError, match=r"train-00001-.*: row 2: the image id '2300000' is used twice"):
+        loaded(hub)
+    with caplog.at_level(logging.WARNING):
+        assert numbers(loaded(hub, on_error="skip")) == [0, 1, 2, 3, 4]
+    assert "4 damaged records skipped" in caplog.text  # and the three questions about picture 5
+    fields = SAMPLES["gqa"](tmp_path / "files", ("train",))
+    graphs = tmp_path / "files/sceneGraphs/train_sceneGraphs.json"
+    graphs.write_text(graphs.read_text().replace('"2300002"', '"2300000"'))
+    with pytest.raises(DataError, match=r"scene graph 2300000 stands there twice; drop one of them"):
+        loaded(fields)
+    assert [bool(r.scene) for r in loaded(fields, on_error="skip")] == [True, False, False, False, True, False]
+
+
 TALLYQA_DAMAGES = {
     r"record 1: answer 'two' is no count": {"answer": "two"},
     r"record 1: answer '-1' is no count": {"answer": -1},

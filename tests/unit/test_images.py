@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,7 @@ def test_odd_images_become_upright_rgb(
     assert np.abs(corners - np.array([first, last])).max() <= 3
 
 
+@cache
 def bomb() -> bytes:
     """A PNG of 20,000×20,000 black pixels, all there, in half a megabyte."""
 

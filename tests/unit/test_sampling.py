@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,6 +128,28 @@ def test_a_held_out_question_of_every_image(tmp_path: Path) -> None:
         load_records(config.model_copy(update={"hold_out_question": False}), "train" + HELD_OUT_QUESTIONS)
     shuffled = training_records(config.model_copy(update={"pairing": "shuffled"}), 0)
     assert kept_back.isdisjoint(q for record in shuffled for q in record.questions)
+
+
+def test_a_held_out_question_is_not_asked_of_the_same_image_elsewhere(tmp_path: Path) -> None:
+    """Equal images in two records, and a question that one record has twice."""
+    tmp_path.mkdir(exist_ok=True)
+    lines = []
+    for n in range(24):
+        Image.new("RGB", (4, 4), (n // 2, 0, 0)).save(tmp_path / f"{n}.png")
+        texts = ["how many?", "any red?", "any blue?", "any red?"] if n % 3 else ["how many?", "any red?", "any blue?"]
+        asked = [{"question": text, "answer": "yes"} for text in texts]
+        lines.append(json.dumps({"image": f"{n}.png", "questions": asked}))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    config = DataConfig(source="jsonl", path=tmp_path, hold_out_question=True)
+
+    def pairs(records: Sequence[Record]) -> set[tuple[str, str]]:
+        digests = [hashlib.sha256(record.image_bytes()[0]).hexdigest() for record in records]
+        return {(digest, q.text) for record, digest in zip(records, digests, strict=True) for q in record.questions}
+
+    everything, trained = pairs(load_records(config, "train")), pairs(training_records(config, 0))
+    held = pairs(load_records(config, "train" + HELD_OUT_QUESTIONS))
+    assert trained
+    assert trained == everything - held
 
 
 def test_images_of_one_question_hold_none_out(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def show(
 ) -> None:
     """Print records with their prompts exactly as the generator and each anchor see them, decoded from token ids.
 
+    Each record comes with its questions of one kind; anchors that read the same text share a line.
+
     Example: python -m trainer data show --config deploy/configs/toy.yaml --n 2
     """
     from shared.config import load_config

@@ -139,7 +139,7 @@ def training_records(config: DataConfig, seed: int, prompt: Prompt | None = None
     """The training split as the config wants it: what is held out removed, first n images, pairs kept or shuffled."""
     records = load_records(config, config.train_split, prompt)
     if config.hold_out_question:
-        records = records.without_held_out_questions()
+        records = records.without_held_out_questions(image_digests(records))
     if config.drop_shared_images:
         records = without_images_of(records, _held_out_splits(config))
     records = records.without_kinds(config.held_out_kinds)[: config.max_images]

@@ -75,15 +75,23 @@ class SplitCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """One image as the vision tower sees it. input_bytes: what the image processor makes of it."""
+
+    tokens: int
+    input_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class DataCheck:
-    """A whole data set. tokens: visual tokens of the generator by image size. shared: contents in two splits, by pair.
-    absent: splits that cannot be read, with the reason.
+    """A whole data set. seen: what the generator's vision tower makes of an image, by its size. shared: contents in two
+    splits, by pair. absent: splits that cannot be read, with the reason.
     """
 
     config: Config
     splits: Sequence[SplitCheck]
     absent: dict[str, str]
-    tokens: dict[Size, int]
+    seen: dict[Size, Seen]
     shared: dict[tuple[str, str], int]
     visual_width: int
 
@@ -120,7 +128,7 @@ def check_data(config: Config, n_images: int, cache: Path) -> DataCheck:
         config,
         splits,
         absent,
-        visual_tokens(config.generator.model, sizes),
+        seen_by_tower(config.generator.model, sizes),
         {pair: n for pair, n in shared.items() if n},
         model_config.get_text_config().hidden_size,
     )
@@ -132,20 +140,21 @@ def prior(records: Records) -> float:
     return sum(records.answers(kind).most_common(1)[0][1] for kind in kinds) / kinds.total()
 
 
-def visual_tokens(model: str, sizes: set[Size]) -> dict[Size, int]:
-    """How many tokens the generator's vision tower makes of an image, by its size (width, height)."""
+def seen_by_tower(model: str, sizes: set[Size]) -> dict[Size, Seen]:
+    """What the generator's vision tower makes of an image, by its size (width, height)."""
     config, processor = vlm_config(model), load_processor(model).image_processor
     merge = getattr(config.vision_config, "spatial_merge_size", 1)
-    counts = {}
-    for size in sizes:
+    seen = {}
+    for size in counted(sizes, "counting tokens", len(sizes)):
         inputs = processor(images=[[Image.new("RGB", size)]], return_tensors="pt")
         if "image_grid_thw" in inputs:
-            counts[size] = int(inputs["image_grid_thw"].prod()) // merge**2
+            tokens = int(inputs["image_grid_thw"].prod()) // merge**2
         else:  # tiles of one size each
             per_side = config.vision_config.image_size // config.vision_config.patch_size
             per_tile = (per_side // getattr(config, "scale_factor", 1)) ** 2
-            counts[size] = per_tile * int(np.prod(inputs["pixel_values"].shape[:-3]))
-    return counts
+            tokens = per_tile * int(np.prod(inputs["pixel_values"].shape[:-3]))
+        seen[size] = Seen(tokens, inputs["pixel_values"].nbytes)
+    return seen
 
 
 class ImageCache:

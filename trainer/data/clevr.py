@@ -45,9 +45,11 @@ def load_clevr(
     questions, scenes = Spans([questions_file]), Spans([scenes_file])
     image_of: dict[str, int] = {}
     indices = array("q")
+    seen: set[str | int] = set()
     for number, span in enumerate(json_entries(questions_file, "questions", "question", on_error)):
         try:
             filename, question = _question(span.fields, span.where)
+            _check_index(span.fields.get("question_index"), seen, span.where)
         except DataError as error:
             on_error(error)
             continue
@@ -59,9 +61,13 @@ def load_clevr(
         questions.append(0, span)
     if not image_of:
         raise DataError(f"{questions_file}: no usable record; check data.path and data.split names")
-    scene_of = {}
+    scene_of: dict[str, int] = {}
     for span in json_entries(scenes_file, "scenes", "scene", on_error):
-        scene_of[str(span.fields.get("image_filename"))] = len(scenes)
+        filename = str(span.fields.get("image_filename"))
+        if filename in scene_of:
+            on_error(DataError(f"{span.where}: a second scene for {filename}; drop one of them"))
+            continue
+        scene_of[filename] = len(scenes)
         scenes.append(0, span)
 
     good, scene_N = [], np.zeros(len(image_of), dtype=np.int32)
@@ -96,6 +102,17 @@ def _question(entry: Mapping[str, Any], where: str) -> tuple[str, KindQuestion]:
         raise DataError(f"{where}: no image_filename; correct or drop the record")
     kind = entry.get("question_kind") or _kind_of_program(entry.get("program"))
     return text_of(entry["image_filename"], "image_filename", where), question_of({**entry, "kind": kind}, where)
+
+
+def _check_index(index: Any, seen: set[str | int], where: str) -> None:
+    """Note a `question_index`, which not every file has. Raises DataError if it was there before."""
+    if index is None:
+        return
+    if not isinstance(index, int | str):
+        raise DataError(f"{where}: question_index is no number; correct or drop the record")
+    if index in seen:
+        raise DataError(f"{where}: question_index {index!r} is used twice; drop one of them")
+    seen.add(index)
 
 
 def _kind_of_program(program: Any) -> str:

@@ -62,9 +62,14 @@ def load_gqa(root: Path, split: str, on_error: OnError = raise_error, options: G
     graph_N = np.full(len(grouped.image_of), -1, dtype=np.int32)
     for file in graphs_files:
         for span in json_entries(file, None, "scene graph", on_error):
-            if span.name in grouped.image_of:
-                graph_N[grouped.image_of[span.name]] = len(graphs)
-                graphs.append(0, span)
+            image = grouped.image_of.get(span.name)
+            if image is None:
+                continue
+            if graph_N[image] >= 0:
+                on_error(DataError(f"{span.where} stands there twice; drop one of them"))
+                continue
+            graph_N[image] = len(graphs)
+            graphs.append(0, span)
     folder = ImageFolder(root / "images")
     good = []
     for image_id, n in counted(grouped.image_of.items(), f"looking at images of {split}", len(graph_N)):
@@ -93,7 +98,10 @@ def _load_hub(root: Path, split: str, on_error: OnError, options: GqaOptions) ->
     place_of: dict[str, int] = {}
     images.check_columns(["id", "image"])
     for row, fields in images.rows(["id"]):
-        place_of[str(fields["id"])] = row
+        image_id = str(fields["id"])
+        if image_id in place_of:
+            on_error(DataError(f"{images.where(row)}: the image id {image_id!r} is used twice; drop one of them"))
+        place_of.setdefault(image_id, row)
     table = ParquetFiles(split_files(root / f"{name}_instructions", split, "parquet"), on_error)
     table.check_columns(["id", "imageId", "question", "answer", "types"])
     grouped, rows = _Grouped(on_error, options.kinds), array("q")

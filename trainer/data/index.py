@@ -1,14 +1,14 @@
 """Records of a split as a sequence that builds each one when it is asked for.
 
-What stays in memory is a few arrays: per question its record, kind and answer as numbers, so that questions can be
-chosen and counted without reading a file. Letters: N records, Q questions.
+What stays in memory is a few arrays: per question its record, kind, answer and a hash of its text as numbers, so that
+questions can be chosen and counted without reading a file. Letters: N records, Q questions.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import overload
@@ -23,6 +23,8 @@ Build = Callable[[int, np.ndarray], Record]
 
 _KEPT_RECORDS = 4096
 """Last built, so that a small data set is parsed once and not in every epoch."""
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+"""An odd number without a pattern: its products spread over all 64 bits."""
 _HELD_OUT_SEED = 6
 """Not the run's: runs of all seeds are tested on the same questions."""
 
@@ -44,11 +46,12 @@ class Texts:
 
 
 class QuestionColumns:
-    """Record, kind and answer of every question, in the order of the file."""
+    """Record, kind, answer and text of every question, in the order of the file."""
 
     def __init__(self) -> None:
         self._records = array("i")
         self._kinds, self._answers = Texts(), Texts()
+        self._hashes = array("q")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -58,6 +61,7 @@ class QuestionColumns:
         self._records.append(record)
         self._kinds.append(question.kind)
         self._answers.append(question.answer)
+        self._hashes.append(hash(question.text))
 
     def records(self, build: Build, n_records: int) -> Records:
         """The sequence of all records."""
@@ -66,7 +70,8 @@ class QuestionColumns:
         starts = np.concatenate([[0], np.cumsum(np.bincount(record_Q, minlength=n_records))])
         (kinds, kind_Q), (answers, answer_Q) = self._kinds.column(), self._answers.column()
         every = np.arange(n_records)
-        index = _Index(build, order_Q, starts, kinds, kind_Q[order_Q], answers, answer_Q[order_Q])
+        hash_Q = np.array(self._hashes, dtype=np.int64).view(np.uint64)[order_Q]
+        index = _Index(build, order_Q, starts, kinds, kind_Q[order_Q], answers, answer_Q[order_Q], hash_Q)
         return Records(index, every, every, np.ones(len(order_Q), dtype=bool))
 
 
@@ -82,16 +87,18 @@ class _Index:
         kind_Q: np.ndarray,
         answers: list[str],
         answer_Q: np.ndarray,
+        hash_Q: np.ndarray,
     ):
         self._build, self._order_Q, self.starts = build, order_Q, starts
         self.build = lru_cache(_KEPT_RECORDS)(self._checked)
         self.kinds, self.kind_Q = kinds, kind_Q
         self.answers, self.answer_Q = answers, answer_Q
+        self.hash_Q = hash_Q
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What grows with the split."""
-        return self._order_Q, self.starts, self.kind_Q, self.answer_Q
+        return self._order_Q, self.starts, self.kind_Q, self.answer_Q, self.hash_Q
 
     def _checked(self, row: int) -> Record:
         """A record with all its questions. Raises DataError."""
@@ -157,9 +164,17 @@ class Records(Sequence[Record]):
         """Only the question of every record that is held out; records of a single question have none."""
         return self._without(~self._held_out())
 
-    def without_held_out_questions(self) -> Records:
-        """All but the question of every record that is held out."""
-        return self._without(self._held_out())
+    def without_held_out_questions(self, images_N: Sequence[Hashable]) -> Records:
+        """All but the question of every record that is held out, wherever it is asked of the same image.
+
+        images_N: what tells the images apart; equal ones may stand in several records.
+        """
+        number_of: dict[Hashable, int] = {}
+        group_N = np.arange(len(self._index.starts) - 1) + len(images_N)  # records that are not in view: each its own
+        group_N[self._rows_N] = [number_of.setdefault(image, len(number_of)) for image in images_N]
+        group_Q = np.repeat(group_N.astype(np.uint64) * _MIX, np.diff(self._index.starts))
+        asked_Q = self._index.hash_Q ^ group_Q
+        return self._without(np.isin(asked_Q, asked_Q[self._held_out()]))
 
     @property
     def index_bytes(self) -> int:

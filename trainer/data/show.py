@@ -10,7 +10,7 @@ from rich.text import Text
 from shared.config import Config
 from shared.vlm import Prompt, load_prompt
 from trainer.data import load_records
-from trainer.data.check import examples, visual_tokens
+from trainer.data.check import examples, seen_by_tower
 from trainer.data.records import Record
 
 LATENT_START, LATENT_END = "<|latent_start|>", "<|latent_end|>"
@@ -18,24 +18,28 @@ LATENT_START, LATENT_END = "<|latent_start|>", "<|latent_end|>"
 
 
 def show_data(config: Config, split: str, n: int, seed: int, console: Console) -> None:
-    """Print n records of a split, drawn at random, of as many kinds as there are. Raises DataError, ModelError."""
-    prompts = {"generator": load_prompt(config.generator.model)}
+    """Print n records of a split, drawn at random, each with its questions of one kind, of as many kinds as there are.
+
+    Anchors that read the same text share a line. Raises DataError, ModelError.
+    """
+    generator, prompts = load_prompt(config.generator.model), {}
     for anchor in config.all_anchors:
         model = config.generator.model if anchor.placement == "shared_base" else anchor.model
-        prompts[f"anchor {anchor.name}"] = load_prompt(model)
+        prompts[anchor.name] = load_prompt(model)
     for record in examples(load_records(config.data, split), n, seed):
         console.rule(record.record_id)
         pictures = record.load_images()
         sizes = [picture.size for picture in pictures]
         for source, size in zip(record.images, sizes, strict=True):
             console.print(f"{source}  {size[0]}×{size[1]}", highlight=False, soft_wrap=True)
-        tokens = visual_tokens(config.generator.model, set(sizes))
-        seen = generator_prompt(prompts["generator"], [tokens[size] for size in sizes], config.generator.latents)
-        _print(console, "generator", seen)
-        for name, prompt in list(prompts.items())[1:]:
-            for number, question in enumerate(record.questions):
-                label = f"{name}, {question.kind}"
-                _print(console, label, anchor_prompt(prompt, record, number, config.generator.latents))
+        seen = seen_by_tower(config.generator.model, set(sizes))
+        tokens = [seen[size].tokens for size in sizes]
+        _print(console, "generator", generator_prompt(generator, tokens, config.generator.latents))
+        for number, question in enumerate(record.questions):
+            texts = {name: anchor_prompt(p, record, number, config.generator.latents) for name, p in prompts.items()}
+            for text in {text.plain: text for text in texts.values()}.values():
+                names = ", ".join(name for name, read in texts.items() if read.plain == text.plain)
+                _print(console, f"anchor {names}; {question.kind}", text)
 
 
 def generator_prompt(prompt: Prompt, tokens: Sequence[int], latents: int) -> Text:

@@ -11,6 +11,7 @@ per image: prefer `datasets`, or row groups of a hundred rows.
 
 from __future__ import annotations
 
+import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -229,10 +230,8 @@ def load_dataset(
     import datasets
 
     try:
-        if (root / "dataset_dict.json").is_file():
-            dataset = datasets.load_from_disk(root)[split]
-        elif (root / split / "dataset_info.json").is_file():
-            dataset = datasets.load_from_disk(root / split)
+        if (root / split / "state.json").is_file():
+            dataset = _saved_dataset(root / split)
         else:
             dataset = datasets.load_dataset(str(root), options.name, split=split)
         dataset.data.table.validate(full=True)  # Arrow maps files into memory unread; wrong offsets would crash
@@ -243,6 +242,14 @@ def load_dataset(
         ) from error
     table = DatasetTable(dataset, f"{root}, split {split}", root)
     return _table_records(table, "datasets", str(root), split, on_error, options.columns)
+
+
+def _saved_dataset(folder: Path) -> Any:
+    import datasets
+
+    if not json.loads((folder / "state.json").read_bytes())["_data_files"]:
+        raise ValueError("no usable record")  # the library says: list index out of range
+    return datasets.load_from_disk(folder)
 
 
 def split_files(root: Path, split: str, ending: str) -> list[Path]:

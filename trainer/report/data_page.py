@@ -15,6 +15,7 @@ from rich.table import Table as Printed
 from shared.errors import DataError
 from shared.vlm import load_prompt
 from trainer.data.check import DataCheck, SplitCheck, by_kind, examples
+from trainer.loading import STEPS_AHEAD
 from trainer.report.drawing import Triple, bars, draw
 from trainer.report.images import side_by_side
 from trainer.report.page import Cell, GalleryCard, Listing, Page, Picture, Section, Table, render
@@ -28,14 +29,24 @@ _LENGTHS = 12
 def print_check(check: DataCheck, console: Console) -> None:
     """The tables of the page, and its warnings."""
     for table in (_overview(check), _images(check), _kinds(check)):
-        several = len(table.blocks) > 1
-        columns = [f"{block} {column}" if several else column for block in table.blocks for column in table.columns]
-        printed = Printed("", *columns, title=table.title)
-        for name, cells in table.rows.items():
-            printed.add_row(name, *(f"{cell.text} {cell.detail}".strip() for cell in cells))
-        console.print(printed)
+        console.print(_printed(table))
+    console.print(_verdict(check).replace(", below the table.", ":"), highlight=False, soft_wrap=True)
     for line in _warnings(check):
         console.print(f"! {line}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+
+
+def _printed(table: Table) -> Printed:
+    """As it fits a terminal of 80 columns: the cells of a block stand below each other."""
+    width = len(table.columns) if any(table.blocks) else 1
+    between = " " if width > 1 else "\n"
+    headings = ["\n".join([name, *table.columns]) for name in table.blocks] if width > 1 else table.columns
+    printed = Printed("", title=table.title)
+    for heading in headings:
+        printed.add_column(heading, justify="right")
+    for name, cells in table.rows.items():
+        texts = [f"{cell.text}{between}{cell.detail}".strip() for cell in cells]
+        printed.add_row(name, *("\n".join(texts[i : i + width]) for i in range(0, len(texts), width)))
+    return printed
 
 
 def write_page(check: DataCheck, to: Path) -> Path:
@@ -47,7 +58,7 @@ def write_page(check: DataCheck, to: Path) -> Path:
             f"visual tokens and answer tokens are those of the generator, {check.config.generator.model}",
         ],
         [
-            Section("Overview", "What the splits hold.", [_overview(check)], listings=_problems(check)),
+            Section("Overview", _verdict(check), [_overview(check)], listings=_problems(check)),
             Section("Images", "Sizes in pixels, and tokens that the vision tower makes of them.", [_images(check)]),
             Section("Questions and answers", _PRIOR_INTRO, [_kinds(check)], _charts(check)),
             *(_samples(split) for split in check.splits),
@@ -80,6 +91,9 @@ def _overview(check: DataCheck) -> Table:
             "commonest answer of each kind": Cell(f"{100 * split.prior:.1f} %"),
             "damaged records": Cell(str(split.damaged.count)),
             "broken images": Cell(str(split.broken.count), f"of {images.looked_at + split.broken.count:,} opened"),
+            "images also in another split": Cell(
+                str(sum(n for pair, n in check.shared.items() if split.name in pair)), f"of {images.looked_at:,} opened"
+            ),
             "questions without answer tokens": Cell(str(split.silent.total())),
         }
         for name, cell in cells.items():
@@ -92,19 +106,18 @@ def _images(check: DataCheck) -> Table:
     seen = [split for split in check.splits if split.images.sizes]
     for split in seen:
         sizes = list(split.images.sizes.elements())
-        tokens = [check.tokens[size] for size in sizes]
+        tokens = [check.seen[size].tokens for size in sizes]
+        input_bytes = float(np.mean([check.seen[size].input_bytes for size in sizes]))
         per_record = (split.images.looked_at + split.broken.count) / split.images.records
         in_all = len(split.records) * per_record
-        in_two_batches = 2 * check.config.train.batch_images * per_record
-        pixels = float(np.mean([width * height for width, height in sizes]))
+        in_batches = (1 + STEPS_AHEAD) * check.config.train.batch_images * per_record
         cells = {
             "width": Cell(_span([width for width, _ in sizes])),
             "height": Cell(_span([height for _, height in sizes])),
             "tokens an image": Cell(_span(tokens)),
             "images a record": Cell(f"{per_record:.3g}"),
             "image files": Cell(_bytes(in_all * split.images.file_bytes / len(sizes))),
-            # 8-bit RGB and the processor's float32
-            "this and the next batch in memory": Cell(_bytes(in_two_batches * pixels * 3 * (1 + 4))),
+            f"this batch and {STEPS_AHEAD} made ready ahead": Cell(_bytes(in_batches * input_bytes)),
             "room in a feature cache": Cell(_bytes(in_all * float(np.mean(tokens)) * check.visual_width * 4)),
             "index in memory": Cell(_bytes(split.records.index_bytes)),
         }
@@ -181,6 +194,13 @@ def _png(image: Image.Image) -> bytes:
         return file.getvalue()
 
 
+def _verdict(check: DataCheck) -> str:
+    n = len(_warnings(check))
+    if n:
+        return f"{n} {'thing' if n == 1 else 'things'} to look at, below the table."
+    return "Nothing found wrong: every record can be used, no opened image is broken or stands in two splits."
+
+
 def _problems(check: DataCheck) -> list[Listing]:
     lines = _warnings(check)
     return [Listing("What to look at", "\n".join(lines))] if lines else []
@@ -189,7 +209,8 @@ def _problems(check: DataCheck) -> list[Listing]:
 def _warnings(check: DataCheck) -> list[str]:
     lines = [f"split {name} cannot be read: {reason}" for name, reason in check.absent.items()]
     for (one, other), n in check.shared.items():
-        lines.append(f"{n} images stand in both {one} and {other}: what is measured on {other} is no longer unseen")
+        what = "1 image stands" if n == 1 else f"{n} images stand"
+        lines.append(f"{what} in both {one} and {other}: what is measured on {other} is no longer unseen")
     for split in check.splits:
         for damage, what in ((split.damaged, "damaged records"), (split.broken, "broken images")):
             lines += [f"{split.name}: {message}" for message in damage.messages]
