@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Chart
 from matplotlib.legend import Legend
@@ -180,7 +181,8 @@ def scatter(theme: Theme, points: Mapping[str, np.ndarray], x_label: str, y_labe
     if not (x_label or y_label):
         axes.set_axis_off()
     for handle in _legend(chart, points).legend_handles:
-        handle.set_sizes([30.0])  # points of a large cloud are too small to tell their marks apart
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([30.0])  # points of a large cloud are too small to tell their marks apart
     return chart
 
 
