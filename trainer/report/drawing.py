@@ -82,6 +82,7 @@ def bars(theme: Theme, series: Mapping[str, Mapping[str, Triple]], label: str, s
     axes.set_ylim(len(categories) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(*span)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))  # more would run into each other beside long category names
     axes.set_xlabel(label)
     _legend(chart, series)
     return chart
