@@ -158,6 +158,7 @@ def test_a_run_is_trained_and_evaluated(folder: Path, tmp_path: Path) -> None:
     assert 0 <= usage["norms"]["spans"] <= 1
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert all({"nll", "latent", "spans"} <= line.keys() for line in lines[:4])
+    assert all(line["tokens_per_image"] > K and line["flops_per_image"] > 0 for line in lines[:4])
 
 
 def test_data_without_auxiliary_images_is_refused(folder: Path, tmp_path: Path) -> None:

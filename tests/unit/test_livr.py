@@ -424,6 +424,20 @@ def test_usage_conditions_against_plain_passes(toy_folder: Path, tmp_path: Path)
 
 
 @torch.no_grad()
+def test_the_batch_size_of_the_usage_test_changes_no_number(toy_folder: Path, tmp_path: Path) -> None:
+    """Records of one to three questions, so that rows are padded otherwise in every batch."""
+    generator = Generator(parse_config(tree(toy_folder, tmp_path, {}), "test").generator, 0)
+    records = [replace(r, questions=r.questions[: 1 + b % 3]) for b, r in enumerate(toy_records(toy_folder)[:5])]
+    usage = usage_of(generator, records)
+    one_by_one = replace(usage, batch_images=1)
+    for condition in usage.conditions:
+        outcome, alone = usage.read(condition), one_by_one.read(condition)
+        assert outcome.hits_N.tolist() == alone.hits_N.tolist(), condition
+        assert outcome.nll_N == pytest.approx(alone.nll_N, rel=1e-4), condition
+    assert usage.attention_to_latents() == pytest.approx(one_by_one.attention_to_latents(), rel=1e-4)
+
+
+@torch.no_grad()
 def test_latents_of_the_same_image_swap_to_nothing(toy_folder: Path, tmp_path: Path, monkeypatch) -> None:
     """With each record's own image as the other one, the two-pass reading equals the plain one; with another, not."""
     config = parse_config(tree(toy_folder, tmp_path, {}), "test")

@@ -229,6 +229,16 @@ def test_training_curves_are_means_over_equal_stretches():
     assert charts._binned(metrics, "absent") == {}
 
 
+def test_only_terms_of_the_loss_are_drawn_as_such(run):
+    budget = {"stage": 1.0, "spans": 8.0, "tokens_per_image": 90.0, "flops_per_image": 6e7, "images_per_s": 30.0}
+    metrics = [{"step": step, "nll": 1.0, "loss": 1.2, **budget} for step in range(3)]
+    (results,) = load_results([run])
+    loss, *_ = charts.training_curves(replace(results, metrics=metrics))
+    assert "nll from" in loss.alt
+    assert "loss from" in loss.alt
+    assert all(name not in loss.alt for name in budget)
+
+
 def test_a_curriculum_has_charts_of_its_own(run):
     (results,) = load_results([run])
     metrics = [

@@ -35,10 +35,10 @@ class ImageBootstrap:
 
     def __init__(self, n_images: int, n_samples: int, seed: int):
         rng = np.random.default_rng(seed)
-        # How often each resample draws each image: (S, B).
+        # How often each resample draws each image: (S, B). As floats, or every product would convert them first.
         self._draws_SB = np.stack(
             [np.bincount(rng.integers(0, n_images, n_images), minlength=n_images) for _ in range(n_samples)]
-        )
+        ).astype(np.float64)
 
     def per_image(self, images_N: np.ndarray, values_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(sums, counts) per image of values that belong to the images `images_N` (0 … B−1)."""

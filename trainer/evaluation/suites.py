@@ -245,8 +245,11 @@ def geometry_suite(s: Session) -> dict[str, Any]:
 
 def transfer_suite(s: Session) -> dict[str, Any]:
     """By reader of another family: the latents through closed-form projectors fitted on training images."""
-    training = training_records(s.config.data, s.config.train.seed)
-    fit_records = readable_records(training, FIT_IMAGES, ErrorPolicy(s.config.data.on_error))
+    data = s.config.data
+    # No more than are looked at: reading the questions of a whole training split takes longer than the fit.
+    few = data.model_copy(update={"max_images": min(FIT_IMAGES, data.max_images or FIT_IMAGES)})
+    training = training_records(few, s.config.train.seed)
+    fit_records = readable_records(training, FIT_IMAGES, ErrorPolicy(data.on_error))
     fit_sources = {
         "visual_tokens": torch.cat([pooled for pooled, _ in s.visual_tokens(fit_records)]),
         "latents": s.latents_of(fit_records),

@@ -64,6 +64,7 @@ from trainer.gap.response import (
 from trainer.image_features import ImageFeatures
 from trainer.losses import coefficient_loss
 from trainer.methods.base import LossParts, Method
+from trainer.methods.budget import decoder_budget
 
 
 class GapOptions(Section):
@@ -196,11 +197,12 @@ class ResponseLayout:
 
 @dataclass(frozen=True, slots=True)
 class Taught:
-    """A microbatch after its forward pass."""
+    """A microbatch after its forward pass. budget: see `decoder_budget`."""
 
     nll: Tensor
     latent: Tensor
     n_spans: int
+    budget: dict[str, float]
 
 
 class GapMethod(Method):
@@ -253,7 +255,7 @@ class GapMethod(Method):
     def loss(self, emitted: Taught, step: int) -> LossParts:
         total = emitted.nll + self.options.latent_weight * emitted.latent
         terms = {"nll": emitted.nll.item(), "latent": emitted.latent.item(), "loss": total.item()}
-        return LossParts(total, {**terms, "spans": float(emitted.n_spans)}, {})
+        return LossParts(total, {**terms, "spans": float(emitted.n_spans), **emitted.budget}, {})
 
     @torch.no_grad()
     def validation_nll(self, features: ImageFeatures, records: Sequence[Record]) -> float:
@@ -292,10 +294,11 @@ class GapMethod(Method):
         is_word_N = (weights_N > 0).to(device)
         logprobs_N, _ = token_logprobs(hidden_ND[is_word_N], *self._generator.model.head(), rows.targets_N[is_word_N])
         nll = -(weights_N[weights_N > 0].to(device) * logprobs_N).sum()
+        budget = decoder_budget(self._generator.model.hf_model.config, rows, len(logprobs_N))
         if targets_SD is None:
-            return Taught(nll, torch.zeros((), device=device), 0)
+            return Taught(nll, torch.zeros((), device=device), 0, budget)
         latent = self.latent_loss(hidden_ND[laid.is_latent_N.to(device)], targets_SD)
-        return Taught(nll, latent, len(targets))
+        return Taught(nll, latent, len(targets), budget)
 
     def latent_loss(self, hidden_SD: Tensor, targets_SD: Tensor) -> Tensor:
         """Between what the head makes of hidden states and the embeddings that they have to predict."""

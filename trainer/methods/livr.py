@@ -37,7 +37,6 @@ from torch import Tensor
 from anchor_service.pool import AnchorPool
 from shared.config import Config, Section
 from shared.errors import ConfigError, NonFiniteError
-from shared.flops import decoder_size, forward_flops, head_flops, input_gradient_flops
 from shared.likelihood import token_logprobs
 from shared.messages import Gradient, Question
 from shared.packing import PREFIX, Branch, Media, PackedRows, block_mask, pack_rows
@@ -51,6 +50,7 @@ from trainer.evaluation.reading import batched
 from trainer.image_features import ImageFeatures
 from trainer.losses import lr_share, nll_multi
 from trainer.methods.base import LossParts, Method
+from trainer.methods.budget import decoder_budget
 
 Bottleneck = Literal["prompt_and_answer", "answer", "prompt_and_answer_and_latents_from_prompt"]
 
@@ -195,12 +195,11 @@ class LivrReader:
 class Answered:
     """A microbatch after its forward pass. nll: of the generator's own answers. read: anchors' calls under way.
 
-    tokens, flops: of the decoder, forward and backward, per record, padding included.
+    budget: see `decoder_budget`.
     """
 
     nll: Tensor
-    tokens: float
-    flops: float
+    budget: dict[str, float]
     read: PendingRead | None
 
 
@@ -218,7 +217,6 @@ class LivrMethod(Method):
             raise ConfigError("options.anchor_weight: there is no anchor to weigh; add anchors, or set it to 0")
         self.reader = LivrReader(generator, self.options)
         self._bridge = AnchorBridge(pool, Gradient(config.pool.mode), config.pool.count_end_of_turn)
-        self._size = decoder_size(generator.model.hf_model.config)
         if not self.options.lora:
             for parameter in generator.lora_parameters:
                 parameter.requires_grad_(False)
@@ -254,11 +252,8 @@ class LivrMethod(Method):
         if self.options.anchor_weight:
             alone = [[question] for row in questions for question in row]
             read = self._bridge.submit(self.reader.latents(livr, hidden_BTD), alone)
-        n_rows, n_columns = livr.roles_BT.shape
-        passes = forward_flops(self._size, n_rows, n_columns, n_columns)
-        passes += input_gradient_flops(self._size, n_rows, n_columns, n_columns)
-        head = 2 * head_flops(self._size, len(scores.logprobs_N))
-        return Answered(_mean_nll(scores), n_columns, (passes + head) / n_rows, read)
+        budget = decoder_budget(self._generator.model.hf_model.config, livr.rows, len(scores.logprobs_N))
+        return Answered(_mean_nll(scores), budget, read)
 
     def loss(self, emitted: Answered, step: int) -> LossParts:
         total, terms, replies = emitted.nll, {"nll": emitted.nll.item()}, {}
@@ -268,8 +263,7 @@ class LivrMethod(Method):
             total, replies = total + self.options.anchor_weight * anchors, read.replies
             terms |= {f"nll/{n}": v for n, v in zip(read.replies, read.nll_RB.mean(1).tolist(), strict=True)}
         terms |= {"loss": total.item(), "stage": 1.0 if step < self.first_step_of_stage2 else 2.0}
-        terms |= {"tokens_per_image": emitted.tokens, "flops_per_image": emitted.flops}
-        return LossParts(total, terms, replies)
+        return LossParts(total, terms | emitted.budget, replies)
 
     @torch.no_grad()
     def validation_nll(self, features: ImageFeatures, records: Sequence[Record]) -> float:

@@ -19,7 +19,9 @@ from trainer.report.results import Figure, Figures, RunResults
 Curve = dict[float, Triple]
 Deltas = dict[str, dict[str, Triple]]
 _PER_SLOT = re.compile(r"(zero_slot|keep_one|truncate)_(\d+)")
-_NO_LOSS = re.compile(r"step|grad_norm|lr_.*|.*_ms|images_per_s|anchors|microbatches|validation.*")
+_NO_LOSS = re.compile(
+    r"step|stage|spans|grad_norm|lr_.*|.*_ms|.*_per_(s|image)|feature_cache_.*|anchors|microbatches|validation.*"
+)
 _MOST_POINTS = 200
 
 

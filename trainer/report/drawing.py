@@ -16,8 +16,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Chart
+from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -80,6 +82,7 @@ def bars(theme: Theme, series: Mapping[str, Mapping[str, Triple]], label: str, s
     axes.set_ylim(len(categories) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(*span)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))  # more would run into each other beside long category names
     axes.set_xlabel(label)
     _legend(chart, series)
     return chart
@@ -178,7 +181,9 @@ def scatter(theme: Theme, points: Mapping[str, np.ndarray], x_label: str, y_labe
     axes.set(xlabel=x_label, ylabel=y_label)
     if not (x_label or y_label):
         axes.set_axis_off()
-    _legend(chart, points)
+    for handle in _legend(chart, points).legend_handles:
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([30.0])  # points of a large cloud are too small to tell their marks apart
     return chart
 
 
@@ -199,7 +204,9 @@ def heat_tiles(image: Image.Image, heats_IJ: Mapping[str, np.ndarray], label: st
         tile.imshow(pale, extent=extent)
         drawn = tile.imshow(heat_IJ, extent=extent, cmap=_HEAT, vmin=0, vmax=highest)
         tile.set_title(name)
-    chart.colorbar(drawn, ax=tiles, orientation="horizontal", aspect=40, shrink=0.8).set_label(label)
+    bar = chart.colorbar(drawn, ax=tiles, orientation="horizontal", aspect=40, shrink=0.8)
+    bar.set_label(label)
+    bar.ax.set_facecolor("white")  # as the paled image is, in dark, too: the scale is clear at 0
     return chart
 
 
@@ -208,8 +215,8 @@ def _axes(height_inches: float) -> tuple[Chart, Axes]:
     return chart, chart.subplots()
 
 
-def _legend(chart: Chart, names: Collection[str]) -> None:
-    chart.legend(loc="outside upper center", ncols=3 if max(map(len, names)) <= 16 else 2, frameon=False)
+def _legend(chart: Chart, names: Collection[str]) -> Legend:
+    return chart.legend(loc="outside upper center", ncols=3 if max(map(len, names)) <= 16 else 2, frameon=False)
 
 
 def _colour(theme: Theme, i: int) -> str:
