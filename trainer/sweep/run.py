@@ -76,7 +76,7 @@ def _run(todo: Sequence[Trial], options: SweepOptions, at_a_time: int) -> dict[P
     jobs = [_Job(Path.cwd(), trial.config.run.dir, dump_config(trial.config)) for trial in todo]
     driver = most([_driver(trial, options.cpus_per_trial) for trial in todo])
     tuner = tune.Tuner(
-        tune.withresources(tune.with_parameters(_train, jobs=jobs), driver),
+        tune.with_resources(tune.with_parameters(_train, jobs=jobs), driver),
         param_space={"job": tune.grid_search(list(range(len(jobs))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=at_a_time),
         run_config=tune.RunConfig(
