@@ -27,8 +27,14 @@ demo: setup      ## train on the toy world through two Ray anchors, evaluate, pr
 	$(RUN) -m trainer train --config deploy/configs/toy.yaml
 	$(RUN) -m trainer report runs/demo
 
+# Most of what integration tests do is wait, so the others run beside them. The last ones start a head node where any Ray
+# that starts meanwhile would join.
+ALONE := tests/end_to_end/test_deploy_readme.py tests/end_to_end/test_served_page.py
 test: setup      ## run all tests (what CI runs)
-	$(RUN) -m pytest
+	@log=$$(mktemp); $(RUN) -m pytest tests/integration >$$log 2>&1 & integration=$$!; \
+	$(RUN) -m pytest tests/unit tests/end_to_end $(ALONE:%=--ignore=%); rest=$$?; \
+	wait $$integration; status=$$?; cat $$log; rm $$log; exit $$((status | rest))
+	$(RUN) -m pytest $(ALONE)
 
 # vLLM's CPU build pins other versions; its torchvision and friends are built for another torch. Ray must be the same.
 $(VLLM)/installed: pyproject.toml constraints.txt

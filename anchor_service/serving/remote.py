@@ -56,6 +56,9 @@ class RemoteImages:
             raise _refused("its URL is not valid") from error
         if place.scheme != "https" or place.raw_user is not None or place.raw_password is not None:
             raise _refused("only https URLs without a user are fetched")
+        # The client connects to a literal address without asking the resolver, which is what keeps it public.
+        if host is None or _is_address(host):
+            raise _refused("hosts are named, not given by address")
         if not {host if port == 443 else None, f"{host}:{port}"} & set(hosts):
             raise _refused("images of its host are not fetched; see limits.image_hosts")
         return place
@@ -81,6 +84,14 @@ def is_public(address: str) -> bool:
         if any(ip in tunnel for tunnel in _TUNNELS):
             return False
     return ip.is_global and not ip.is_multicast
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class _PublicResolver(AbstractResolver):

@@ -158,6 +158,14 @@ def test_other_places_are_not_asked(images: RemoteImages, port: int, url: str) -
     assert Images.asked == []
 
 
+@pytest.mark.usefixtures("loopback_is_public")
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "93.184.216.34"])
+def test_a_listed_address_is_not_asked_either(port: int, host: str) -> None:
+    limits = LimitsConfig(image_hosts=(f"{host.strip('[]')}:{port}", f"{host}:{port}"))
+    assert "not given by address" in refusal(RemoteImages(limits), f"https://{host}:{port}/image.png")
+    assert Images.asked == []
+
+
 def test_nothing_is_fetched_unless_hosts_are_listed(port: int) -> None:
     assert "send a data URL" in refusal(RemoteImages(LimitsConfig()), f"https://{NAME}:{port}/image.png")
 
