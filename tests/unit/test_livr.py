@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from shared.config import GeneratorConfig, parse_config
 from shared.errors import ConfigError
 from shared.messages import Question
 from shared.packing import block_mask
+from shared.run_folder import trained_generator
 from shared.vlm import ImageTokens
 from shared.vlm.generator import Generator
 from shared.vlm.lean import ATTENTION
@@ -31,6 +33,7 @@ from trainer import loop
 from trainer.data.clevr import load_clevr
 from trainer.data.records import KindQuestion, Record
 from trainer.data.sampling import Batch
+from trainer.evaluation.reading import Reader
 from trainer.evaluation.run import evaluate_run
 from trainer.evaluation.usage import SelfReading, _latent_cache, _mask_with_foreign_latents
 from trainer.image_features import ImageFeatures
@@ -519,17 +522,62 @@ def test_options_that_contradict_each_other(toy_folder: Path, tmp_path: Path, op
 def test_suites_of_a_method(toy_folder: Path, tmp_path: Path) -> None:
     livr = parse_config(tree(toy_folder, tmp_path, {}), "test")
     anchored = parse_config(training_tree(toy_folder, tmp_path), "test")
-    assert chosen_suites(livr, None) == ["usage"] == chosen_suites(livr, "all")
+    assert chosen_suites(livr, None) == ["usage"]
+    assert chosen_suites(livr, "all") == ["usage", "geometry"], "no anchor could be asked"
+    with pytest.raises(ConfigError, match="--suite causal: the run has no anchor; name one in anchors"):
+        chosen_suites(livr, "causal")
+    read = parse_config({**tree(toy_folder, tmp_path, {}), "anchors": anchored_tree(toy_folder, tmp_path)}, "test")
+    assert chosen_suites(read, "all") == ["usage", "reading", "causal", "geometry"]
     assert chosen_suites(anchored, None) == ["reading"]
     assert "usage" not in chosen_suites(anchored, "all")
-    with pytest.raises(ConfigError, match="--suite causal: not for method livr; use one of usage"):
-        chosen_suites(livr, "causal")
+    with pytest.raises(ConfigError, match="--suite controls: not for method livr; use one of usage, reading, causal"):
+        chosen_suites(livr, "controls")
     with pytest.raises(ConfigError, match="anchor_weight: there is no anchor to weigh"):
         LivrMethod(
             parse_config(tree(toy_folder, tmp_path, {"anchor_weight": 1}), "test"),
             Generator(livr.generator, 0),
             AnchorPool([], livr.pool, {}),
         )
+
+
+def anchored_tree(toy: Path, run_dir: Path) -> list[dict[str, Any]]:
+    return training_tree(toy, run_dir)["anchors"]
+
+
+def test_anchors_are_asked_about_one_question_of_each_record(toy_folder: Path, tmp_path: Path) -> None:
+    """Suites of `anchored` on latents that belong to a question: against plain reads of the same questions."""
+    options = {"anchor_weight": 0.5, "stage1_share": 0.0}
+    settings = {**tree(toy_folder, tmp_path / "run", options, steps=4, checkpoint_every=4)}
+    config = parse_config({**settings, "anchors": anchored_tree(toy_folder, tmp_path)}, "t")
+    config = with_checked_method(config)
+    train_run(config, resume=False)
+    result = evaluate_run(config, Console(quiet=True), ["reading", "causal", "geometry"], other_run=tmp_path / "run")
+
+    generator = trained_generator(config)
+    records = toy_records(toy_folder)[:4]
+    rng = np.random.default_rng(config.train.seed)
+    asked = [replace(r, questions=(r.questions[rng.integers(len(r.questions))],)) for r in records]
+    reader, features = LivrReader(generator, LivrOptions(**options)), ImageFeatures(generator, None)
+    latents = []
+    for record in asked:
+        tokens = features.of_records([record])
+        livr = reader.rows(tokens, [[record.questions[0].message]], reader.latent_ids)
+        latents.append(reader.latents(livr, generator.hidden_states(livr.rows, tokens, reader.mask(livr, False))))
+    with AnchorPool.start(config, generator.handshake()) as pool:
+        outcome = Reader(pool, asked, config).latents(torch.cat(latents).detach())["A"]
+    assert result["anchors"]["A"]["latents"]["n"] == 4
+    assert result["anchors"]["A"]["nll"]["latents"]["value"] == pytest.approx(outcome.nll_N.mean(), rel=1e-4)
+    assert result["causal"]["A"]["verdict"] in ("used", "partly used", "inert")
+    assert result["geometry"]["figures"]["slot_cosine"]["n"] == 4
+    assert result["against"][str(tmp_path / "run")]["cka"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_runs_without_latents_of_images_are_not_compared(toy_folder: Path, tmp_path: Path) -> None:
+    settings = {**tree(toy_folder, tmp_path / "run", {}, steps=2, checkpoint_every=2), "method": "sft"}
+    config = with_checked_method(parse_config(settings, "t"))
+    train_run(config, resume=False)
+    with pytest.raises(ConfigError, match="--against: method sft has no K latents of each record"):
+        evaluate_run(config, Console(quiet=True), ["usage"], other_run=tmp_path / "run")
 
 
 def test_evaluation_writes_and_prints_the_usage_test(toy_folder: Path, tmp_path: Path, capsys) -> None:
@@ -548,4 +596,5 @@ def test_evaluation_writes_and_prints_the_usage_test(toy_folder: Path, tmp_path:
     assert "Usage test" in page
     assert "of the attention where an answer" in page
     assert (tmp_path / "run" / "report" / "usage.png").stat().st_size > 5000
-    assert "causal suite" not in page, "suites that the method does not have are not missed"
+    assert "causal suite" not in page, "suites that have nobody to ask are not missed"
+    assert "the geometry suite; measure it" in page

@@ -20,6 +20,7 @@ from trainer.data import ErrorPolicy, load_records, readable_records
 from trainer.evaluation.suites import SUITES, Session, against, failure_gallery
 from trainer.evaluation.tables import print_tables
 from trainer.image_features import ImageFeatures
+from trainer.methods import METHODS
 
 EVALUATION_FILE = "evaluation.json"
 _SECTIONS = {"reading": "anchors"}
@@ -51,6 +52,9 @@ def evaluate_run(
     todo = [suite for suite in suites if _section(suite) not in done]
     if len(todo) < len(suites):
         console.print(f"going on with an interrupted evaluation: {', '.join(todo) or 'nothing'} left")
+    for compared in [config, run_config(other_run)] if other_run is not None else []:
+        if METHODS[compared.method].latents_of is None:
+            raise ConfigError(f"--against: method {compared.method} has no K latents of each record to compare")
     generator = trained_generator(config)
     shared_base = (generator.model, generator.adapter_off)
     with (
@@ -63,13 +67,14 @@ def evaluate_run(
             return bar.track(names, total=n, description=what)
 
         session = Session(config, generator, features, pool, records, track)
+        asking = session.asking_once()
         for suite in todo:
-            done[_section(suite)] = SUITES[suite](session)
+            done[_section(suite)] = SUITES[suite](session if suite == "usage" else asking)
             if suite == "reading":
-                done["gallery"] = failure_gallery(session)
+                done["gallery"] = failure_gallery(asking)
             _write(unfinished, {**header, **done})
         if other_run is not None:
-            done["against"] = {str(other_run): against(session, _other_session(other_run, session))}
+            done["against"] = {str(other_run): against(asking, _other_session(other_run, asking))}
     result = {**header, **_read(file, header), **done}
     _write(file, result)
     unfinished.unlink(missing_ok=True)

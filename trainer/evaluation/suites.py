@@ -16,7 +16,7 @@ Legend: B images, K latents, D width, N questions of all images together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,7 +56,7 @@ from trainer.evaluation.reading import (
 )
 from trainer.evaluation.statistics import Figure, ImageBootstrap, recovered_share
 from trainer.evaluation.transfer import FIT_IMAGES, read_through_projectors
-from trainer.evaluation.usage import SelfReading
+from trainer.evaluation.usage import SelfReading, latents_of_questions
 from trainer.evaluation.verdict import VERDICT_TESTS, lost_share, paired_differences, verdict
 from trainer.evaluation.writing import ResponseReading, response_reading
 from trainer.image_features import ImageFeatures
@@ -144,9 +144,26 @@ class Session:
         return self.reader.nothing(image_markers=test.keeps_markers)
 
     def latents_of(self, records: Sequence[Record]) -> Tensor:
-        """(B, K, D) latents as they are read: calibrated, if the config says so."""
+        """(B, K, D) latents as they are read: calibrated, if the config says so.
+
+        Where they depend on the question, those of each record's first one.
+        """
         batch_images = self.config.evaluation.batch_images
+        if METHODS[self.config.method].latents_of == "question":
+            reader = self_reader(self.config, self.generator)
+            return latents_of_questions(reader, self.features, records, batch_images, self.calibration())
         return latents_of(self.generator, self.features, records, batch_images, self.calibration())
+
+    def asking_once(self) -> Session:
+        """A session with one question of each record, drawn at random, where latents belong to a question.
+
+        One and not all: questions of one image are no independent samples.
+        """
+        if METHODS[self.config.method].latents_of != "question":
+            return self
+        rng = np.random.default_rng(self.config.train.seed)
+        drawn = [record.questions[rng.integers(len(record.questions))] for record in self.records]
+        return replace(self, records=[replace(r, questions=(q,)) for r, q in zip(self.records, drawn, strict=True)])
 
     def calibration(self) -> NormCalibration | None:
         """For one more pass over a data set."""

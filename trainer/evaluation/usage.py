@@ -33,6 +33,7 @@ from trainer.data.sampling import derangement
 from trainer.evaluation.reading import Outcome, batched
 from trainer.image_features import ImageFeatures
 from trainer.methods.livr import LivrReader, LivrRows, Role
+from trainer.norm_calibration import NormCalibration
 
 CONDITIONS = ("normal", "latents_removed", "bottleneck", "both", "other_images", "floor")
 Questions = Sequence[Sequence[Question]]
@@ -112,6 +113,27 @@ class SelfReading:
             attention_BT = torch.stack(layers).mean(dim=0).squeeze(1)
             shares += (attention_BT * (livr.roles_BT == Role.LATENT)).sum(dim=1).tolist()
         return np.array(shares)
+
+
+@torch.no_grad()
+def latents_of_questions(
+    reader: LivrReader,
+    features: ImageFeatures,
+    records: Sequence[Record],
+    batch_images: int,
+    calibration: NormCalibration | None = None,
+) -> Tensor:
+    """(B, K, D) latents of each record's first question as at inference, for anchors to read; evaluation mode."""
+    reader.generator.train(False)
+    latents = []
+    for chunk in batched(records, batch_images):
+        tokens = features.of_records(chunk)
+        shown = reader.shown(tokens)
+        livr = reader.rows(shown, [[record.questions[0].message] for record in chunk], reader.latent_ids)
+        hidden_BTD = reader.generator.hidden_states(livr.rows, shown, reader.mask(livr, is_bottleneck=False))
+        latents_BKD = reader.latents(livr, hidden_BTD)
+        latents.append(latents_BKD if calibration is None else calibration(latents_BKD, tokens))
+    return torch.cat(latents)
 
 
 def _latent_cache(everything: DynamicCache, livr: LivrRows) -> tuple[DynamicCache, Tensor]:

@@ -19,6 +19,9 @@ METHODS: dict[str, type[Method]] = {
     "gap": GapMethod,
 }
 
+_ASK_ANCHORS = ("reading", "causal")
+"""Suites of methods that need no anchor, but have nothing to say without one."""
+
 
 def with_checked_method(config: Config) -> Config:
     """The config with the method's options checked and complete. Raises ConfigError."""
@@ -32,12 +35,17 @@ def with_checked_method(config: Config) -> Config:
 
 
 def chosen_suites(config: Config, asked: str | None) -> list[str]:
-    """The suites of `evaluate`: the one asked for, all that the method has, or its first. Raises ConfigError."""
+    """The suites of `evaluate`: the one asked for, all that the method has, or its first. Raises ConfigError.
+
+    Without an anchor, those that ask anchors are no part of all.
+    """
     suites = METHODS[with_checked_method(config).method].suites
     if asked == "all":
-        return list(suites)
+        return [suite for suite in suites if config.all_anchors or suite not in _ASK_ANCHORS]
     if asked is not None and asked not in suites:
         raise ConfigError(f"--suite {asked}: not for method {config.method}; use one of {', '.join(suites)}")
+    if asked in _ASK_ANCHORS and not config.all_anchors:
+        raise ConfigError(f"--suite {asked}: the run has no anchor; name one in anchors or evaluation.unseen")
     return [asked or suites[0]]
 
 

@@ -54,6 +54,7 @@ class AnchoredMethod(Method):
     """Generator → latents → bridge → loss. Holds the concept head, the only extra weights."""
 
     Options = AnchoredOptions
+    latents_of = "image"
     suites = ("reading", "causal", "controls", "geometry", "transfer", "benchmarks")
 
     def __init__(self, config: Config, generator: Generator, pool: AnchorPool):

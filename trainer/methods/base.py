@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -37,12 +37,14 @@ class Method(ABC):
     """One instance per run, owned by the main thread.
 
     Options: what `options` of the config may hold. needs_anchors: whether the loss asks anchors; a method whose
-    generator answers by itself may still have some. suites: of `evaluate` that make sense for it; `train` ends with the
+    generator answers by itself may still have some. latents_of: what K latents belong to, None where there are none or
+    their number is open. suites: of `evaluate` that make sense for it; `train` ends with the
     first.
     """
 
     Options: ClassVar[type[Section]] = NoOptions
     needs_anchors: ClassVar[bool] = True
+    latents_of: ClassVar[Literal["image", "question"] | None] = None
     suites: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: Config, generator: Generator, pool: AnchorPool):

@@ -208,7 +208,8 @@ class LivrMethod(Method):
 
     Options: ClassVar[type[LivrOptions]] = LivrOptions
     needs_anchors = False
-    suites = ("usage",)
+    latents_of: ClassVar[Literal["image", "question"] | None] = "question"
+    suites: ClassVar[tuple[str, ...]] = ("usage", "reading", "causal", "geometry")
 
     def __init__(self, config: Config, generator: Generator, pool: AnchorPool):
         super().__init__(config, generator, pool)
@@ -287,6 +288,8 @@ class SftMethod(LivrMethod):
     """Control: fine-tuning on the same data in the same steps, without latents."""
 
     Options = SftOptions
+    latents_of = None
+    suites = ("usage",)
 
 
 class LatentsOnlyOptions(LivrOptions):
@@ -311,6 +314,8 @@ class MaskOnlyMethod(LivrMethod):
     """
 
     Options = MaskOnlyOptions
+    latents_of = None
+    suites = ("usage",)
 
 
 def _mean_nll(scores: AnswerScores) -> Tensor:

@@ -10,7 +10,7 @@ from importlib import metadata
 
 from shared.config import dump_config
 from shared.vlm.latent_attention import RULES, AttentionRule
-from trainer.methods import METHODS
+from trainer.methods import chosen_suites
 from trainer.report import charts, tables
 from trainer.report.images import attention_pictures, gallery
 from trainer.report.page import Listing, Picture, Section, Table
@@ -180,7 +180,7 @@ def _versions() -> list[str]:
 def _absent(runs: Sequence[RunResults]) -> list[str]:
     lines = []
     for run in runs:
-        suites = METHODS[run.config.method].suites
+        suites = chosen_suites(run.config, "all")
         for suite in (suite for suite in suites if not _SECTIONS[suite](run.evaluation)):
             remedy = f"measure it with python -m trainer evaluate {run.config.run.dir} --suite {suite}"
             if suite in ("transfer", "benchmarks") and not getattr(run.config.evaluation, suite):

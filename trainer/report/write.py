@@ -30,8 +30,8 @@ def write_report(run_dirs: Sequence[Path], rule: AttentionRule, with_model: bool
         if not with_model:
             absent.append(f"{run.label}: {_NEED_MODEL}; leave --no-model out")
             continue
-        if "geometry" not in METHODS[run.config.method].suites:
-            continue  # its latents depend on the question: there is no state of an image to draw
+        if METHODS[run.config.method].latents_of != "image":
+            continue  # where latents depend on the question, there is no state of an image to draw
         try:
             runs[-1] = replace(run, states=measure_states(run.config, rule))
         except VisualLatentsError as error:
