@@ -12,7 +12,8 @@ from shared.config import load_config
 from shared.vlm.generator import Generator
 from trainer.checkpoint import CheckpointStore
 from trainer.data import load_records
-from trainer.evaluation.suites import SUITES, Session
+from trainer.evaluation.session import Session
+from trainer.evaluation.suites import SUITES
 from trainer.image_features import ImageFeatures
 
 ROOT = Path(__file__).parents[2]

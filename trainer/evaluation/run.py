@@ -17,7 +17,8 @@ from shared.config import AnchorConfig, Config
 from shared.errors import ConfigError
 from shared.run_folder import Checkpoint, best_checkpoint, run_config, trained_generator
 from trainer.data import ErrorPolicy, load_records, readable_records
-from trainer.evaluation.suites import SUITES, Session, against, failure_gallery
+from trainer.evaluation.session import Session
+from trainer.evaluation.suites import SUITES, against, failure_gallery
 from trainer.evaluation.tables import print_tables
 from trainer.image_features import ImageFeatures
 from trainer.methods import METHODS
