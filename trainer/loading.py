@@ -25,10 +25,8 @@ from trainer.image_features import ImagePreparer, OpenedImages, PreparedImages
 from trainer.methods import METHODS
 from trainer.microbatches import Microbatches
 
-_THREADS = 2
+STEPS_AHEAD = 2
 """Steps whose images are loaded at once: one thread makes four images of a megapixel ready in about 130 ms."""
-STEPS_AHEAD = 4
-"""Steps that may be ready before they are asked for: what evens out a step that takes long to load."""
 
 Seen = Callable[[Record], Record]
 """See `Method.seen`."""
@@ -106,7 +104,7 @@ def _with_images(
 
 
 class LocalLoader:
-    """The next steps are loaded while this one runs, each by one of a few threads."""
+    """The next steps are loaded while this one runs, each in a thread."""
 
     def __init__(
         self,
@@ -119,7 +117,7 @@ class LocalLoader:
     ):
         self._sampler, self._images, self._seen, self._on_error = sampler, images, seen, on_error
         self._microbatches, self._n_steps = microbatches, n_steps
-        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="loader")
+        self._threads = ThreadPoolExecutor(max_workers=STEPS_AHEAD, thread_name_prefix="loader")
         self._drawing = Lock()
         self._ahead: dict[int, Future[list[Prepared]]] = {}
 
