@@ -64,6 +64,8 @@ def compare(file: Path) -> None:
     """In a process of its own, which may join another Ray than the tests'."""
     config = load_config(file)
     ray.init(logging_level="WARNING", log_to_driver=False)
+    # The loader takes as many workers as there are free CPUs when it begins.
+    wait_until(lambda: ray.available_resources().get("CPU", 0.0) >= 4, 60, "the second node has not joined")
     with contextlib.closing(local_loader(config)) as local:
         expected = [local.parts(step) for step in range(STEPS)]
     assert not same(expected[0], expected[1])
