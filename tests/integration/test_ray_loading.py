@@ -25,8 +25,9 @@ from trainer.methods import METHODS
 from trainer.microbatches import Microbatches
 from trainer.ray_loading import RayLoader
 
-STEPS = 12
-RESUMED = 7
+STEPS, BATCH = 150, 24
+"""Work for some ten seconds: a worker that comes up when the others have done it all is sent home."""
+RESUMED = 140
 LIMIT_S = 240
 
 
@@ -79,7 +80,7 @@ def compare(file: Path) -> None:
 
 
 def test_two_nodes_give_the_batches_of_the_local_loader(toy_folder: Path, tmp_path: Path) -> None:
-    tree = training_tree(toy_folder, tmp_path / "run", train={"steps": STEPS, "batch_images": 4, "microbatches": 2})
+    tree = training_tree(toy_folder, tmp_path / "run", train={"steps": STEPS, "batch_images": BATCH, "microbatches": 2})
     file = write_config(tree, tmp_path / "config.yaml")
     script = f"import tests.integration.test_ray_loading as test; test.compare(test.Path({str(file)!r}))"
     with RayCluster(tmp_path) as cluster:
