@@ -61,12 +61,16 @@ def nodes_of_workers() -> set[str]:
     return {actor.node_id for actor in actors if "MapWorker" in actor.class_name}
 
 
+def wait_for_free_cpus() -> None:
+    """Of both nodes: the loader takes as many workers as there are free CPUs when it begins."""
+    wait_until(lambda: ray.available_resources().get("CPU", 0.0) >= 4, 60, "not all CPUs of the two nodes are free")
+
+
 def compare(file: Path) -> None:
     """In a process of its own, which may join another Ray than the tests'."""
     config = load_config(file)
     ray.init(logging_level="WARNING", log_to_driver=False)
-    # The loader takes as many workers as there are free CPUs when it begins.
-    wait_until(lambda: ray.available_resources().get("CPU", 0.0) >= 4, 60, "the second node has not joined")
+    wait_for_free_cpus()
     with contextlib.closing(local_loader(config)) as local:
         expected = [local.parts(step) for step in range(STEPS)]
     assert not same(expected[0], expected[1])
@@ -74,6 +78,7 @@ def compare(file: Path) -> None:
         assert same(remote.parts(0), expected[0])
         wait_until(lambda: len(nodes_of_workers()) == 2, 60, "no worker on each of the two nodes")
         assert all(same(remote.parts(step), expected[step]) for step in range(1, STEPS))
+    wait_for_free_cpus()
     with contextlib.closing(RayLoader(config)) as remote:
         assert all(same(remote.parts(step), expected[step]) for step in range(RESUMED, STEPS))
     ray.shutdown()
