@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -183,12 +184,15 @@ class SubmittedJob:
 
 
 def free_ports(n: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    sockets = [socket.socket() for _ in range(n)]
-    try:
-        for one in sockets:
-            one.bind((HOST, 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports that nobody listens on, all different, below those that the system gives to who asks for any.
+
+    Among the latter another process may get one before its user binds it; Ray's servers would then share it unnoticed.
+    """
+    free: list[int] = []
+    for port in random.Random(os.urandom(8)).sample(range(20_000, 32_000), 200):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", port))
+            free.append(port)
+        if len(free) == n:
+            return free
+    raise RuntimeError("no free ports from 20000 to 32000")
