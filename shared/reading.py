@@ -13,6 +13,7 @@ from torch import Tensor
 from shared.likelihood import token_logprobs
 from shared.messages import Question
 from shared.packing import Media, PackedRows, pack_rows
+from shared.vlm.lean import last_layer_at
 from shared.vlm.model import VisionLanguageModel
 from shared.vlm.prefix import CachedPrefix
 
@@ -58,12 +59,14 @@ def score_answers(
     deepstack: Sequence[Tensor] = (),
     prefix: CachedPrefix | None = None,
 ) -> AnswerScores:
-    """One forward pass. Logits are made only where an answer token is predicted.
+    """One forward pass. What follows the last attention, logits too, is made only where an answer token is predicted.
 
     prefix: needed for rows that leave their prefix out.
     """
     cache = None if prefix is None else prefix.for_rows(len(rows.token_ids_BT))
-    hidden_ND = model.decode_at_answers(rows, media_ID, deepstack, cache)
+    with last_layer_at(model.decoder, rows.predict_N2):
+        hidden_BTD = model.decode(rows, media_ID, deepstack, cache)
+    hidden_ND = hidden_BTD[rows.predict_N2.unbind(1)]
     logprobs_N, best_N = token_logprobs(hidden_ND, *model.head(), rows.targets_N)
     return AnswerScores(logprobs_N, best_N, best_N == rows.targets_N, rows.counts)
 

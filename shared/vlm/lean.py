@@ -20,7 +20,7 @@ from transformers.activations import SiLUActivation
 ATTENTION = "sdpa_grouped"
 """Name under which transformers knows `grouped_attention`."""
 
-_sdpa, _sdpa_mask = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
+_sdpa = AttentionInterface()["sdpa"]
 
 
 def make_lean(decoder: Any) -> None:
@@ -28,8 +28,6 @@ def make_lean(decoder: Any) -> None:
 
     Feed-forwards that are no SwiGLU (Shazeer 2020, arXiv 2002.05202) stay as they are.
     """
-    AttentionInterface.register(ATTENTION, grouped_attention)
-    AttentionMaskInterface.register(ATTENTION, _sdpa_mask)
     decoder.set_attn_implementation(ATTENTION)
     for layer in decoder.layers:
         if isinstance(getattr(layer.mlp, "act_fn", None), nn.SiLU | SiLUActivation):
@@ -80,6 +78,10 @@ def grouped_attention(
         query_BHTd, key_BGSd, value_BGSd, attention_mask, dropout, scale=scaling, enable_gqa=True
     )
     return attended_BHTd.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, grouped_attention)
+AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
 
 
 def gated_product(gate: Tensor, up: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from shared.errors import ModelError
 from shared.packing import Media, PackedRows, block_mask
 from shared.vlm.families import Family, family_of
-from shared.vlm.lean import last_layer_at, make_lean
+from shared.vlm.lean import make_lean
 from shared.vlm.prompt import Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -162,18 +162,6 @@ class VisionLanguageModel:
             extra |= {"visual_pos_masks": rows.media_BT, "deepstack_visual_embeds": list(deepstack)}
         mask_B1TS = block_mask(rows.segments_BT, rows.n_cached)
         return self.decode_embeddings(self.row_embeddings(rows, media_ID), mask_B1TS, rows.positions_3BT, **extra)
-
-    def decode_at_answers(
-        self,
-        rows: PackedRows,
-        media_ID: Tensor | None,
-        deepstack: Sequence[Tensor] = (),
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """(N, D) the same where an answer token is predicted; what only other places need is left out."""
-        with last_layer_at(self.decoder, rows.predict_N2):
-            hidden_BTD = self.decode(rows, media_ID, deepstack, cache)
-        return hidden_BTD[rows.predict_N2.unbind(1)]
 
     def decode_embeddings(self, embeds_BTD: Tensor, mask_B1TS: Tensor, positions_3BT: Tensor, **extra: Any) -> Tensor:
         """(B, T, D) last hidden states of embeddings under an explicit boolean mask and explicit positions."""

@@ -354,7 +354,7 @@ def main() -> None:
         if part == "training":
             rows = [training_row(source) for source in SAMPLES]
         elif part == "waiting":
-            # The second is all of a megapixel: the image processor alone is then more than a core has time for.
+            # The second is all of a megapixel.
             rows = [*waiting_rows(sizes.steps, 256, 2.0), *waiting_rows(sizes.steps, 1369, None)]
         else:
             rows = source_rows(part, sizes.records)

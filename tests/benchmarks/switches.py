@@ -83,7 +83,7 @@ def without_chunks(anchor: FrozenAnchor, request: ReadRequest) -> ReadReply:
 
 def without_last_layer_cut(anchor: FrozenAnchor, request: ReadRequest) -> ReadReply:
     """What follows the last attention, at every column."""
-    with mock.patch("shared.vlm.model.last_layer_at", return_value=contextlib.nullcontext()):
+    with mock.patch("shared.reading.last_layer_at", return_value=contextlib.nullcontext()):
         return anchor.read(request)
 
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.messages import Question
-from shared.packing import Media
+from shared.packing import Media, PackedRows
 from shared.reading import pack_questions
-from shared.vlm.lean import ATTENTION, gated_product
+from shared.vlm import VisionLanguageModel
+from shared.vlm.lean import ATTENTION, gated_product, last_layer_at
 from tests.benchmarks.baseline_loop import plain_layers
 from tests.conftest import TinyModel
 from tests.reference import max_relative_error
@@ -63,7 +64,7 @@ def test_lean_layers_equal_transformers_own(
     rows = pack_questions(model, [[Media(4)]] * len(questions), questions)
     media_ID = torch.randn(4 * len(questions), model.width, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
-    lean_ND = model.decode_at_answers(rows, media_ID)
+    lean_ND = at_answers(model, rows, media_ID)
     with plain_layers(model):
         assert "forward" not in model.decoder.layers[0].mlp.__dict__
         plain_ND = model.decode(rows, media_ID)[rows.predict_N2.unbind(1)]
@@ -86,7 +87,7 @@ def test_layers_are_lean_and_come_back(tiny_model: TinyModel, questions: list[li
     layers = len(model.decoder.layers)
 
     def read() -> Tensor:
-        return model.decode_at_answers(rows, media_ID)
+        return at_answers(model, rows, media_ID)
 
     assert kept_by_autograd(read, (n_rows, n_tokens, ffn_width)) == 2 * (layers - 1)
     assert kept_by_autograd(read, (len(rows.targets_N), ffn_width)) == 2
@@ -103,8 +104,15 @@ def test_the_last_layer_is_whole_again_after_a_failure(
     whole = [module.forward for module in last_modules(model.decoder)]
     monkeypatch.setattr(model, "decode", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model.decode_at_answers(rows, torch.zeros(4 * len(questions), model.width))
+        at_answers(model, rows, torch.zeros(4 * len(questions), model.width))
     assert [module.forward for module in last_modules(model.decoder)] == whole
+
+
+def at_answers(model: VisionLanguageModel, rows: PackedRows, media_ID: Tensor) -> Tensor:
+    """(N, D) last hidden states where answers are predicted, as `score_answers` takes them."""
+    with last_layer_at(model.decoder, rows.predict_N2):
+        hidden_BTD = model.decode(rows, media_ID)
+    return hidden_BTD[rows.predict_N2.unbind(1)]
 
 
 def last_modules(decoder: nn.Module) -> list[nn.Module]:

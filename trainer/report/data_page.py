@@ -30,7 +30,7 @@ def print_check(check: DataCheck, console: Console) -> None:
     """The tables of the page, and its warnings."""
     for table in (_overview(check), _images(check), _kinds(check)):
         console.print(_printed(table))
-    console.print(_verdict(check).replace(", below the table.", ":"), highlight=False, soft_wrap=True)
+    console.print(_verdict(check), highlight=False, soft_wrap=True)
     for line in _warnings(check):
         console.print(f"! {line}", style="yellow", highlight=False, soft_wrap=True, markup=False)
 
@@ -197,7 +197,7 @@ def _png(image: Image.Image) -> bytes:
 def _verdict(check: DataCheck) -> str:
     n = len(_warnings(check))
     if n:
-        return f"{n} {'thing' if n == 1 else 'things'} to look at, below the table."
+        return f"{n} {'thing' if n == 1 else 'things'} to look at."
     return "Nothing found wrong: every record can be used, no opened image is broken or stands in two splits."
 
 
