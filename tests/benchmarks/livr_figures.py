@@ -24,7 +24,7 @@ from trainer.evaluation.statistics import Figure, over_seeds
 SEEDS = (0, 1, 2)
 COMMAND = "make livr-figures"
 RUNS = Path("runs/livr")
-DATA = RUNS / "tasks"
+DATA, FEATURES = RUNS / "tasks", RUNS / "features"
 TASKS = ("art_style", "counting", "object_localization", "relative_reflectance")
 CONFIG = "deploy/configs/livr/toy.yaml"
 METHODS = {"SFT": "sft", "latents only": "latents_only", "mask only": "mask_only", "LIVR": "livr"}
@@ -43,7 +43,7 @@ def run(method: str, seed: int, settings: Sequence[str]) -> dict[str, Any]:
     folder = RUNS / f"{method.replace(' ', '-').lower()}-{seed}"
     if not (folder / "evaluation.json").is_file():
         overrides = [f"method={METHODS[method]}", f"run.dir={folder}", f"train.seed={seed}", f"data.path={DATA}"]
-        overrides += settings
+        overrides += [f"data.feature_cache={{path: {FEATURES}, max_gib: 4}}", *settings]
         arguments = [part for override in overrides for part in ("--set", override)]
         resume = ["--resume", str(folder)] if (folder / "metrics.jsonl").is_file() else ["--config", CONFIG, *arguments]
         subprocess.run([sys.executable, "-m", "trainer", "train", *resume], check=True)
@@ -95,7 +95,7 @@ def main() -> None:
     """Run everything and record it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--train", type=int, default=1000, help="Records of each task.")
+    parser.add_argument("--train", type=int, default=4000, help="Records of each task.")
     parser.add_argument("--jobs", type=int, default=2, help="Runs at a time, a CPU core each.")
     parser.add_argument("--set", action="append", default=[], help="Override of the config, for trying it out.")
     options = parser.parse_args()
