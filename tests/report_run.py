@@ -169,6 +169,6 @@ def metrics(rng: np.random.Generator) -> list[dict[str, float]]:
         nll = {f"nll/{name}": 0.05 + 1.2 * np.exp(-step / 120) + 0.05 * rng.random() for name in "AB"}
         mean = float(np.mean(list(nll.values())))
         terms = {"nll": mean, "concept": 0.8 * mean, "norm": 3e-4 * (1 + rng.random()), "loss": 1.24 * mean}
-        checks = {"validation_nll": mean + 0.03} if step % 200 == 199 else {}
+        checks = {"validation_loss": mean + 0.03} if step % 200 == 199 else {}
         entries.append({"step": step, **nll, **terms, **checks, "grad_norm": 1.0, "images_per_s": 30.0})
     return entries

@@ -233,7 +233,7 @@ def _run_steps(
         done, last = step + 1, step + 1 == t.steps
         if last or (t.validate_every and done % t.validate_every == 0):
             trainer.generator.train(False)
-            values["validation_nll"] = trainer.method.validation_nll(trainer.features, validation)
+            values["validation_loss"] = trainer.method.validation_loss(trainer.features, validation)
         metrics.write(step, values)
         progress.update(done, values)
         for name, reason in trainer.pool.lost.items():
@@ -246,7 +246,7 @@ def _run_steps(
 def _save(trainer: Trainer, store: CheckpointStore, done: int, values: dict[str, Any]) -> Path:
     card = model_card(trainer.config, done, values)
     yaml_text = dump_config(trainer.config)
-    return store.save(done, trainer.generator, trainer.state(done), yaml_text, card, values.get("validation_nll"))
+    return store.save(done, trainer.generator, trainer.state(done), yaml_text, card, values.get("validation_loss"))
 
 
 def _restore(trainer: Trainer, store: CheckpointStore) -> int:

@@ -13,7 +13,7 @@ def model_card(config: Config, steps_done: int, values: dict[str, Any]) -> str:
         f"| {a.name} | `{a.model}` | {a.placement} | {a.replicas} | {a.weight:g} |" for a in config.anchors
     )
     losses = "\n".join(
-        f"| {name} | {value:.4f} |" for name, value in values.items() if name in ("loss", "nll", "validation_nll")
+        f"| {name} | {value:.4f} |" for name, value in values.items() if name in ("loss", "nll", "validation_loss")
     )
     return f"""---
 base_model: {config.generator.model}

@@ -29,7 +29,7 @@ def test_training_from_every_source(name: str, toy_folder: Path, tmp_path: Path)
     assert len(lines) == STEPS
     for line in lines:
         assert all(math.isfinite(line[key]) and line[key] > 0 for key in ("loss", "nll/A", "nll/B", "grad_norm"))
-    assert math.isfinite(lines[-1]["validation_nll"])
+    assert math.isfinite(lines[-1]["validation_loss"])
 
 
 def test_images_that_cannot_be_decoded_are_named_or_skipped_and_counted(

@@ -103,7 +103,7 @@ def run_config(toy: Path, run_dir: Path, **pool: Any) -> Config:
 
 def losses(run_dir: Path) -> list[dict[str, float]]:
     """What must be the same in every undisturbed run: losses and gradient norms, not times."""
-    exact = ("loss", "nll", "concept", "norm", "grad_norm", "validation_nll", "anchors")
+    exact = ("loss", "nll", "concept", "norm", "grad_norm", "validation_loss", "anchors")
     return [
         {name: value for name, value in entry.items() if name in exact or name.startswith("nll/")}
         for entry in read_metrics(run_dir)

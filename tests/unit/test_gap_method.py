@@ -130,6 +130,14 @@ def test_the_loss_is_that_of_responses_read_piece_by_piece(folder: Path, tmp_pat
     assert parts.terms["spans"] == 3
 
 
+def test_the_checkpoint_is_chosen_by_latents_too(folder: Path, tmp_path: Path) -> None:
+    method = method_of(config_of(folder, tmp_path))
+    records, batch = batch_of(folder)
+    with torch.no_grad():
+        loss = method.loss(method.emit(batch, tokens_of(method, records), 0), 0).terms["loss"]
+    assert method.validation_loss(ImageFeatures(method._generator, None), records) == pytest.approx(loss, rel=1e-5)
+
+
 def test_latents_are_taught_where_the_base_failed(folder: Path, tmp_path: Path) -> None:
     method = method_of(config_of(folder, tmp_path))
     records, batch = batch_of(folder)

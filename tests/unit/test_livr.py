@@ -286,7 +286,7 @@ def test_every_variant_trains_and_learns_what_it_may(toy_folder: Path, tmp_path:
     config = with_checked_method(parse_config(tree(toy_folder, tmp_path / "run", options), "test"))
     assert train_run(config, resume=False)
     metrics = read_metrics(tmp_path / "run")
-    assert metrics[-1]["validation_nll"] < metrics[9]["validation_nll"] or options.get("lora") is False
+    assert metrics[-1]["validation_loss"] < metrics[9]["validation_loss"] or options.get("lora") is False
     assert {entry["stage"] for entry in metrics} == ({2.0} if config.options["stage1_share"] == 0 else {1.0, 2.0})
     assert all(entry["tokens_per_image"] > 0 and entry["flops_per_image"] > 0 for entry in metrics)
     if options.get("lora") is False:
@@ -309,7 +309,7 @@ def test_controls_train_and_are_evaluated(toy_folder: Path, tmp_path: Path, meth
     assert {name: config.options[name] for name in expected} == expected
     assert train_run(config, resume=False)
     metrics = read_metrics(tmp_path / "run")
-    assert metrics[-1]["validation_nll"] < metrics[9]["validation_nll"]
+    assert metrics[-1]["validation_loss"] < metrics[9]["validation_loss"]
     assert {entry["stage"] for entry in metrics} == ({2.0} if expected["stage1_share"] == 0 else {1.0, 2.0})
     section = evaluate_run(config, Console(quiet=True), chosen_suites(config, None))["usage"]
     assert ("latents_removed" in section["conditions"]) == expected["latents"]

@@ -51,7 +51,7 @@ class LengthMethod(Method):
         total = (lengths_BK - self._config.options["length"]).square().mean()
         return LossParts(total, {"loss": total.item()}, {})
 
-    def validation_nll(self, features: Any, records: Any) -> float:
+    def validation_loss(self, features: Any, records: Any) -> float:
         with torch.no_grad():
             return self.loss(self.emit(None, features.of_records(records), 0), 0).total.item()
 

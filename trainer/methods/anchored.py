@@ -106,7 +106,7 @@ class AnchoredMethod(Method):
         factors = 4.0 ** np.random.default_rng([self._config.train.seed, 3, step]).uniform(-1, 1, (n_images, 1))
         return self._image_norm * torch.from_numpy(factors).float().to(self._generator.model.device)
 
-    def validation_nll(self, features: ImageFeatures, records: Sequence[Record]) -> float:
+    def validation_loss(self, features: ImageFeatures, records: Sequence[Record]) -> float:
         """Mean NLL over anchors, weighted as in training."""
         nll = mean_nll(self._generator, features, self._pool, records, self._config)
         weights = self._pool.weights()

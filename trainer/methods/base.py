@@ -83,5 +83,5 @@ class Method(ABC):
         """The loss of what `emit` gave, once the anchors have answered. Raises whatever the pool raises."""
 
     @abstractmethod
-    def validation_nll(self, features: ImageFeatures, records: Sequence[Record]) -> float:
-        """Mean NLL of answers to held-out questions in nats; the checkpoint with the lowest is the best."""
+    def validation_loss(self, features: ImageFeatures, records: Sequence[Record]) -> float:
+        """On held-out records, of what inference depends on, in nats; the checkpoint with the lowest is the best."""

@@ -258,13 +258,17 @@ class GapMethod(Method):
         return LossParts(total, {**terms, "spans": float(emitted.n_spans), **emitted.budget}, {})
 
     @torch.no_grad()
-    def validation_nll(self, features: ImageFeatures, records: Sequence[Record]) -> float:
-        """Of responses with a span wherever there is an auxiliary image, its latents given: words alone count."""
+    def validation_loss(self, features: ImageFeatures, records: Sequence[Record]) -> float:
+        """Training's loss, with a span wherever there is an auxiliary image.
+
+        Its latents count, because inference reads those that the head wrote: with true ones given, words are soon as
+        good as they get while the latents still improve.
+        """
         total = 0.0
         for chunk in batched(records, self._config.evaluation.batch_images):
             tokens = features.of_records([self.seen(record) for record in chunk])
             taught = self._taught(chunk, [record.questions for record in chunk], tokens, labels=None)
-            total += len(chunk) * taught.nll.item()
+            total += len(chunk) * self.loss(taught, step=0).total.item()
         return total / len(records)
 
     def _taught(

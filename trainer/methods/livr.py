@@ -267,8 +267,8 @@ class LivrMethod(Method):
         return LossParts(total, terms | emitted.budget, replies)
 
     @torch.no_grad()
-    def validation_nll(self, features: ImageFeatures, records: Sequence[Record]) -> float:
-        """As at inference: latents, no bottleneck."""
+    def validation_loss(self, features: ImageFeatures, records: Sequence[Record]) -> float:
+        """NLL as at inference: latents, no bottleneck, no anchors."""
         sums = 0.0
         for chunk in batched(records, self._config.evaluation.batch_images):
             tokens = self.reader.shown(features.of_records(chunk))

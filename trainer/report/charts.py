@@ -132,14 +132,15 @@ def utility_curves(run: RunResults) -> list[Picture]:
 
 
 def training_curves(run: RunResults) -> list[Picture]:
-    """Loss terms, then NLL per anchor with the validation NLL."""
+    """Loss terms, then NLL per anchor; the validation loss beside the anchors', or among the terms without any."""
     if not run.metrics:
         return []
     names = dict.fromkeys(name for entry in run.metrics for name in entry)
     curve_of = {name: curve for name in names if (curve := _binned(run.metrics, name))}
     terms = {name: c for name, c in curve_of.items() if "/" not in name and not _NO_LOSS.fullmatch(name)}
     checks = {name.replace("_", " "): c for name, c in curve_of.items() if name.startswith("validation")}
-    readings = {name.removeprefix("nll/"): c for name, c in curve_of.items() if name.startswith("nll/")} | checks
+    readings = {name.removeprefix("nll/"): c for name, c in curve_of.items() if name.startswith("nll/")}
+    (readings or terms).update(checks)
     width = _bin_width(run.metrics)
     means = f" Each point is the mean of {width} steps." if width > 1 else ""
     best = (run.evaluation.step, "evaluated checkpoint")
@@ -147,7 +148,9 @@ def training_curves(run: RunResults) -> list[Picture]:
     pictures = []
     if terms:
         caption = f"Terms of the training loss, before their weights; loss is the weighted sum.{means}"
-        pictures.append(_curve_picture("loss", caption, terms, "step", "loss", log=positive, mark_x=best))
+        pictures.append(
+            _curve_picture("loss", caption, terms, "step", "loss", log=positive, mark_x=best, marks_only=checks)
+        )
     if readings:
         caption = f"NLL of each anchor's answers on the training batches, and on validation images.{means}"
         pictures.append(
