@@ -28,6 +28,11 @@ DATA, FEATURES = RUNS / "tasks", RUNS / "features"
 TASKS = ("art_style", "counting", "object_localization", "relative_reflectance")
 CONFIG = "deploy/configs/livr/toy.yaml"
 METHODS = {"SFT": "sft", "latents only": "latents_only", "mask only": "mask_only", "LIVR": "livr"}
+COSTS = {
+    "latents_removed": "when latents are removed",
+    "other_images": "with latents of other images",
+    "bottleneck": "when the bottleneck is kept",
+}
 USAGE = ("normal", "latents_removed", "bottleneck", "both", "other_images", "floor")
 
 
@@ -85,9 +90,27 @@ def rows_of(method: str, evaluations: Sequence[dict[str, Any]]) -> list[Result]:
     return rows
 
 
-def difference(label: str, ours: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], condition: str) -> Result:
-    """Paired by seed: ours under `normal` minus the other under a condition."""
-    pairs = [(accuracy(a, "normal"), accuracy(b, condition)) for a, b in zip(ours, other, strict=True)]
+def cost(evaluation: dict[str, Any], condition: str) -> float:
+    """Accuracy under `normal` minus that under a condition, both of one run."""
+    normal, other = accuracy(evaluation, "normal"), accuracy(evaluation, condition)
+    assert normal is not None and other is not None, f"the run lacks {condition}"  # noqa: PT018
+    return normal - other
+
+
+def cost_rows(
+    ours: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], condition: str, words: str
+) -> list[Result]:
+    """What a condition costs LIVR, what latents only, and the difference, paired by seed."""
+    ours_lost, other_lost = ([cost(evaluation, condition) for evaluation in one] for one in (ours, other))
+    more = [a - b for a, b in zip(ours_lost, other_lost, strict=True)]
+    named = {"LIVR": ours_lost, "latents only": other_lost, "LIVR − latents only": more}
+    n = ours[0]["images"]
+    return [result(f"toy tasks, {name}: lost {words}", over_seeds(values), n) for name, values in named.items()]
+
+
+def difference(label: str, ours: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> Result:
+    """Accuracy of ours minus the other's, paired by seed."""
+    pairs = [(accuracy(a, "normal"), accuracy(b, "normal")) for a, b in zip(ours, other, strict=True)]
     return result(label, over_seeds([a - b for a, b in pairs if a is not None and b is not None]), ours[0]["images"])
 
 
@@ -106,15 +129,8 @@ def main() -> None:
     by_method = {method: [done[method, seed] for seed in SEEDS] for method in METHODS}
     rows = [row for method, evaluations in by_method.items() for row in rows_of(method, evaluations)]
     livr, alone = by_method["LIVR"], by_method["latents only"]
-    rows += [
-        difference(f"toy tasks, LIVR − {other}", livr, by_method[other], "normal")
-        for other in METHODS
-        if other != "LIVR"
-    ]
-    rows += [
-        difference("toy tasks, LIVR: lost when latents are removed", livr, livr, "latents_removed"),
-        difference("toy tasks, latents only: lost when latents are removed", alone, alone, "latents_removed"),
-    ]
+    rows += [difference(f"toy tasks, LIVR − {other}", livr, by_method[other]) for other in METHODS if other != "LIVR"]
+    rows += [row for condition, words in COSTS.items() for row in cost_rows(livr, alone, condition, words)]
     record(rows)
 
 
