@@ -33,7 +33,7 @@ from trainer.methods import with_checked_method
 SEEDS = (0, 1, 2)
 COMMAND = "make gap-figures"
 RUNS = Path("runs/gap")
-DATA, PCA, LABELS = RUNS / "data", RUNS / "pca.safetensors", RUNS / "difficulty"
+DATA, PCA, LABELS, FEATURES = RUNS / "data", RUNS / "pca.safetensors", RUNS / "difficulty", RUNS / "features"
 CONFIG = Path("deploy/configs/gap/toy.yaml")
 MODEL = "trainer/toy/models/A"
 N_NORMS = 64
@@ -80,6 +80,7 @@ def run(variant: str, seed: int, settings: Sequence[str]) -> dict[str, Any]:
     if not (folder / "evaluation.json").is_file():
         resume = (folder / "config.yaml").is_file()
         overrides = [f"run.dir={folder}", f"train.seed={seed}", f"data.path={DATA}", f"options.pca={PCA}"]
+        overrides.append(f"data.feature_cache={{path: {FEATURES}, max_gib: 4}}")
         config = run_config(folder) if resume else load_config(CONFIG, [*overrides, *VARIANTS[variant], *settings])
         config = with_checked_method(config)
         train_run(config, resume)
@@ -146,7 +147,7 @@ def difference(one: str, other: str, evaluations: dict[str, list[dict[str, Any]]
 def main() -> None:
     """Run everything and record it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", type=int, default=1500, help="Training records of each task.")
+    parser.add_argument("--train", type=int, default=3000, help="Training records of each task.")
     parser.add_argument("--jobs", type=int, default=2, help="Runs at a time, a CPU core each.")
     parser.add_argument("--set", action="append", default=[], help="Override of the config, for trying it out.")
     options = parser.parse_args()
