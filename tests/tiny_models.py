@@ -101,7 +101,7 @@ def build_tiny(
     tokenizer = tiny_tokenizer(tiny)
     torch.manual_seed(seed)
     hf_model = tiny.model(tokenizer, vocabulary or len(tokenizer))
-    _scale_weights(hf_model)
+    scale_weights(hf_model)
     folder.mkdir(parents=True, exist_ok=True)
     hf_model.to(DTYPES[dtype]).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -111,7 +111,8 @@ def build_tiny(
     return folder
 
 
-def _scale_weights(model: nn.Module) -> None:
+def scale_weights(model: nn.Module) -> None:
+    """Random weights by fan-in, so that outputs depend visibly on inputs."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             nn.init.normal_(module.weight, std=1.2 / math.sqrt(module.weight[0].numel()))

@@ -69,9 +69,8 @@ class RayLoader:
             _Worker,
             batch_size=1,
             fn_constructor_args=arguments,
-            concurrency=min(free - 1, _MOST_WORKERS),
+            compute=ray.data.ActorPoolStrategy(size=min(free - 1, _MOST_WORKERS)),
             num_cpus=1,
-            scheduling_strategy="SPREAD",
         )
         rows: Iterator[dict[str, Any]] = loaded.iter_rows()
         return rows

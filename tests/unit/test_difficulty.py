@@ -15,8 +15,9 @@ from shared.vlm import GrowingRows, load_vlm
 from tests.tiny_models import FAMILY_NAMES
 from trainer.data.records import ImageFile, KindQuestion
 from trainer.difficulty import Difficulty, load_difficulty
-from trainer.difficulty.engine import SamplingConfig, _seed, sample_answers, transformers_engine
+from trainer.difficulty.engine import SamplingConfig, sample_answers, sample_seed, transformers_engine
 from trainer.difficulty.labels import LabelFolder, data_digest, model_digest
+from trainer.difficulty.vllm_engine import check_family
 from trainer.gap.generation import Sampler, generate
 
 SAMPLING = SamplingConfig(samples=3, max_tokens=4, temperature=1.0, seed=5)
@@ -36,7 +37,7 @@ def test_equals_every_sample_drawn_alone(tiny_model, picture_records, family):
             for n in range(SAMPLING.samples):
                 rows = GrowingRows.after_images(model, model.image_tokens(record.load_images()))
                 rows.append_tokens([branch.token_ids[: branch.answer_start]])
-                sampler = Sampler([_seed(5, record.record_id, question.text, n)], 1.0, 5)
+                sampler = Sampler([sample_seed(5, record.record_id, question.text, n)], 1.0, 5)
                 (written,) = generate(rows, [branch.token_ids[-1]], 5, sampler)
                 answers.append(tokenizer.decode(written.pieces, skip_special_tokens=True).strip())
                 gold = tokenizer.decode(branch.token_ids[branch.answer_start : -1], skip_special_tokens=True).strip()
@@ -184,3 +185,9 @@ def test_digests_follow_content_alone(tiny_folder, picture_records, tmp_path):
     one, other = tiny_folder("qwen2_vl"), tiny_folder("qwen2_vl", seed=1)
     assert model_digest(one) == model_digest(one) != model_digest(other)
     json.dumps(model_digest(one))
+
+
+def test_vllm_is_refused_where_it_cuts_images_otherwise(tiny_folder):
+    check_family(tiny_folder("qwen2_5_vl"))
+    with pytest.raises(ConfigError, match=r"cuts images of idefics3 into tiles.* leave --vllm out"):
+        check_family(tiny_folder("idefics3"))

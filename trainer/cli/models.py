@@ -135,6 +135,9 @@ def difficulty(
     actors: Annotated[int, typer.Option(min=1, help="Engines side by side.")] = 1,
     cpus: Annotated[float, typer.Option(min=0.01, help="CPUs of each actor.")] = 1.0,
     gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of each actor; 0 runs on the CPU.")] = 0.0,
+    vllm: Annotated[
+        Path | None, typer.Option(help="Interpreter of an environment with vLLM, which then samples.", exists=True)
+    ] = None,
     save_every_s: Annotated[float, typer.Option(min=0.0, help="Seconds between two parts on disk.")] = 30.0,
 ) -> None:
     """Label every question by how many of n sampled answers of the base model are exactly right.
@@ -161,7 +164,7 @@ def difficulty(
     else:
         raise ConfigError("give either --config FILE, or --model MODEL and --data FOLDER")
     sampling = SamplingConfig(samples=samples, temperature=temperature, max_tokens=max_tokens, seed=seed, rows=rows)
-    workers = Workers(actors, cpus, gpus)
+    workers = Workers(actors, cpus, gpus, vllm=None if vllm is None else str(vllm.absolute()))
     console = Console()
     split = split or data_config.train_split
     labelled = label_split(model, dtype, data_config, split, sampling, workers, to, console, save_every_s)

@@ -28,17 +28,22 @@ from trainer.data import ErrorPolicy, load_records, prepare_data
 from trainer.data.records import Record
 from trainer.difficulty.engine import Engine, SamplingConfig, transformers_engine
 from trainer.difficulty.labels import LabelFolder, data_digest, model_digest
+from trainer.difficulty.vllm_engine import check_family, vllm_engine
 from trainer.progress import track
 
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """The pool. batch_records: given to an actor at a time, and lost with it if it dies."""
+    """The pool. batch_records: given to an actor at a time, and lost with it if it dies.
+
+    vllm: the interpreter of an environment with vLLM and this project, which then samples; None: transformers.
+    """
 
     actors: int = 1
     cpus: float = 1.0
     gpus: float = 0.0
     batch_records: int = 8
+    vllm: str | None = None
 
 
 def label_split(
@@ -54,20 +59,26 @@ def label_split(
 ) -> list[dict[str, Any]]:
     """What `difficulty` does: label a split into `folder`; returns all lines.
 
-    Raises ConfigError if the folder holds labels of another model, other data or other sampling.
+    Raises ConfigError if the folder holds labels of another model, other data, another engine or other sampling.
     """
     prepare_data(data, console)
+    if workers.vllm is not None:
+        check_family(model)
     records = load_records(data, split, load_prompt(model))
     settings = {
         "model_sha256": model_digest(model),
         "data_sha256": data_digest(track(records, console, "reading images")),
         "dtype": dtype,
+        "engine": "transformers" if workers.vllm is None else "vllm",
         # Rows share nothing, so how many are sampled at a time is no part of what was done.
         **sampling.model_dump(exclude={"rows"}),
     }
     labels = LabelFolder(folder, settings, {"model": model, "data": str(data.path), "split": split})
-    device = "cuda" if workers.gpus > 0 else "cpu"
-    make_engine = functools.partial(transformers_engine, model, dtype, device, sampling)
+    if workers.vllm is None:
+        device = "cuda" if workers.gpus > 0 else "cpu"
+        make_engine = functools.partial(transformers_engine, model, dtype, device, sampling)
+    else:
+        make_engine = functools.partial(vllm_engine, model, dtype, workers.gpus, sampling)
     label_questions(records, labels, make_engine, workers, ErrorPolicy(data.on_error), console, save_every_s)
     return labels.rows()
 
@@ -152,6 +163,7 @@ def _answered(
         num_cpus=workers.cpus,
         num_gpus=workers.gpus,
         fn_constructor_args=(make_engine,),
+        runtime_env={} if workers.vllm is None else {"py_executable": workers.vllm},
     )
     for batch in answered.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
         for text in batch["lines"]:
