@@ -28,6 +28,12 @@ DATA, FEATURES = RUNS / "tasks", RUNS / "features"
 TASKS = ("art_style", "counting", "object_localization", "relative_reflectance")
 CONFIG = "deploy/configs/livr/toy.yaml"
 METHODS = {"SFT": "sft", "latents only": "latents_only", "mask only": "mask_only", "LIVR": "livr"}
+LONGER = {method: f"{method}, twice the steps" for method in ("SFT", "LIVR")}
+"""What more training changes, of stage 1 above all: 4 + 6 epochs, as the paper trains single tasks."""
+VARIANTS = {
+    **{name: [f"method={method}"] for name, method in METHODS.items()},
+    **{name: [f"method={METHODS[method]}", "train.steps=10000"] for method, name in LONGER.items()},
+}
 COSTS = {
     "latents_removed": "when latents are removed",
     "other_images": "with latents of other images",
@@ -43,11 +49,11 @@ def make_data(tasks: Sequence[str], train: int) -> None:
         subprocess.run([sys.executable, "-m", "trainer", "toy", "tasks", *arguments], check=True)
 
 
-def run(method: str, seed: int, settings: Sequence[str]) -> dict[str, Any]:
+def run(variant: str, seed: int, settings: Sequence[str]) -> dict[str, Any]:
     """evaluation.json of one run, with the decoder's operations over its training."""
-    folder = RUNS / f"{method.replace(' ', '-').lower()}-{seed}"
+    folder = RUNS / f"{variant.replace(',', '').replace(' ', '-').lower()}-{seed}"
     if not (folder / "evaluation.json").is_file():
-        overrides = [f"method={METHODS[method]}", f"run.dir={folder}", f"train.seed={seed}", f"data.path={DATA}"]
+        overrides = [*VARIANTS[variant], f"run.dir={folder}", f"train.seed={seed}", f"data.path={DATA}"]
         overrides += [f"data.feature_cache={{path: {FEATURES}, max_gib: 4}}", *settings]
         arguments = [part for override in overrides for part in ("--set", override)]
         resume = ["--resume", str(folder)] if (folder / "metrics.jsonl").is_file() else ["--config", CONFIG, *arguments]
@@ -123,13 +129,15 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="Override of the config, for trying it out.")
     options = parser.parse_args()
     make_data(options.tasks.split(","), options.train)
-    todo = [(method, seed) for method in METHODS for seed in SEEDS]
+    todo = [(variant, seed) for variant in VARIANTS for seed in SEEDS]
     with ThreadPoolExecutor(options.jobs) as pool:
         done = dict(zip(todo, pool.map(lambda job: run(*job, options.set), todo), strict=True))
-    by_method = {method: [done[method, seed] for seed in SEEDS] for method in METHODS}
-    rows = [row for method, evaluations in by_method.items() for row in rows_of(method, evaluations)]
-    livr, alone = by_method["LIVR"], by_method["latents only"]
-    rows += [difference(f"toy tasks, LIVR − {other}", livr, by_method[other]) for other in METHODS if other != "LIVR"]
+    runs_of = {variant: [done[variant, seed] for seed in SEEDS] for variant in VARIANTS}
+    rows = [row for variant, evaluations in runs_of.items() for row in rows_of(variant, evaluations)]
+    livr, alone = runs_of["LIVR"], runs_of["latents only"]
+    rows += [difference(f"toy tasks, LIVR − {other}", livr, runs_of[other]) for other in METHODS if other != "LIVR"]
+    longer = (runs_of[LONGER[method]] for method in ("LIVR", "SFT"))
+    rows.append(difference("toy tasks, LIVR − SFT, twice the steps", *longer))
     rows += [row for condition, words in COSTS.items() for row in cost_rows(livr, alone, condition, words)]
     record(rows)
 
