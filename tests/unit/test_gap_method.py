@@ -21,6 +21,7 @@ from trainer.data.jsonl import load_jsonl
 from trainer.data.records import Record
 from trainer.data.sampling import Batch
 from trainer.difficulty import Difficulty
+from trainer.difficulty.labels import LabelFolder
 from trainer.evaluation.run import evaluate_run
 from trainer.gap.autoregressive import latent_positions
 from trainer.gap.heads import PcaHead
@@ -135,7 +136,24 @@ def test_the_checkpoint_is_chosen_by_latents_too(folder: Path, tmp_path: Path) -
     records, batch = batch_of(folder)
     with torch.no_grad():
         loss = method.loss(method.emit(batch, tokens_of(method, records), 0), 0).terms["loss"]
-    assert method.validation_loss(ImageFeatures(method._generator, None), records) == pytest.approx(loss, rel=1e-5)
+    features = ImageFeatures(method._generator, None)
+    assert method.validation_loss(features, records) == pytest.approx(loss, rel=1e-5)
+
+
+def test_records_are_validated_in_the_likelier_form_where_both_are_taught(folder: Path, tmp_path: Path) -> None:
+    records = list(load_jsonl(folder / "data", "train"))
+    methods = {form: method_of(config_of(folder, tmp_path, supervise=form)) for form in ("everywhere", "nowhere")}
+    features = ImageFeatures(methods["nowhere"]._generator, None)
+    LabelFolder(folder / "labels", {}).finish()
+    both = method_of(config_of(folder, tmp_path, supervise="failed", difficulty=str(folder / "labels")))
+    expected = 0.0
+    for record in records:
+        batch = Batch([record], [list(record.questions)])
+        with torch.no_grad():
+            parts = {form: m.loss(m.emit(batch, tokens_of(m, [record]), 0), 0).terms for form, m in methods.items()}
+        likelier = min(parts.values(), key=lambda terms: terms["nll"])
+        expected += likelier["loss"] / len(records)
+    assert both.validation_loss(features, records) == pytest.approx(expected, rel=1e-5)
 
 
 def test_latents_are_taught_where_the_base_failed(folder: Path, tmp_path: Path) -> None:
@@ -147,10 +165,11 @@ def test_latents_are_taught_where_the_base_failed(folder: Path, tmp_path: Path) 
         (record.record_id, record.questions[0].text): Difficulty(right, 8)
         for record, right in zip(records, rights, strict=True)
     }
-    taught = method._taught(batch.records, batch.questions, tokens, labels)
-    assert taught.n_spans == 2
+    method._labels = labels
+    assert method.emit(batch, tokens, 0).n_spans == 2
+    method._labels = {}
     with pytest.raises(DataError, match=r"no label for .* label this split"):
-        method._taught(batch.records, batch.questions, tokens, {})
+        method.emit(batch, tokens, 0)
     words = method_of(config_of(folder, tmp_path, supervise="nowhere"))
     assert words.emit(batch, tokens, 0).n_spans == 0
     with pytest.raises(ConfigError, match="supervise: failed needs difficulty"):

@@ -25,7 +25,7 @@ Legend: B rows, T row length, D width, K latents, N predicted tokens of all resp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -246,7 +246,7 @@ class GapMethod(Method):
             )
 
     def emit(self, batch: Batch, tokens: ImageTokens, step: int) -> Taught:
-        taught = self._taught(batch.records, batch.questions, tokens, self._labels)
+        taught = self._taught(batch.records, batch.questions, tokens, self._is_supervised)
         if not (torch.isfinite(taught.nll) and torch.isfinite(taught.latent)):
             names = ", ".join(record.record_id for record in batch.records)
             raise NonFiniteError(f"the loss on {names} is NaN or infinite; check these images, or lower train.lr_lora")
@@ -259,16 +259,19 @@ class GapMethod(Method):
 
     @torch.no_grad()
     def validation_loss(self, features: ImageFeatures, records: Sequence[Record]) -> float:
-        """Training's loss, with a span wherever there is an auxiliary image.
+        """Training's loss, of each record in the form that the model finds likelier if it has learnt two.
 
-        Its latents count, because inference reads those that the head wrote: with true ones given, words are soon as
-        good as they get while the latents still improve.
+        Latents count, because inference reads those that the head wrote: with true ones given, words are soon as good
+        as they get while the latents still improve.
         """
+        forms = {"everywhere": [True], "nowhere": [False], "failed": [True, False]}[self.options.supervise]
         total = 0.0
-        for chunk in batched(records, self._config.evaluation.batch_images):
+        for chunk in batched(records, self._config.evaluation.batch_images if len(forms) == 1 else 1):
             tokens = features.of_records([self.seen(record) for record in chunk])
-            taught = self._taught(chunk, [record.questions for record in chunk], tokens, labels=None)
-            total += len(chunk) * self.loss(taught, step=0).total.item()
+            questions = [record.questions for record in chunk]
+            taught = [self._taught(chunk, questions, tokens, lambda *_, form=form: form) for form in forms]
+            likelier = min(taught, key=lambda one: one.nll.item())
+            total += len(chunk) * self.loss(likelier, step=0).total.item()
         return total / len(records)
 
     def _taught(
@@ -276,13 +279,14 @@ class GapMethod(Method):
         records: Sequence[Record],
         questions: Sequence[Sequence[KindQuestion]],
         tokens: ImageTokens,
-        labels: Mapping[tuple[str, str], Difficulty] | None,
+        is_supervised: Callable[[Record, KindQuestion], bool],
     ) -> Taught:
+        """is_supervised: whether a question of a record with an auxiliary image gets latents."""
         own, auxiliary_IKD = self._split(records, tokens)
         branches: list[list[Branch]] = []
         targets: list[Tensor] = []
         for record, asked, latents_KD in zip(records, questions, auxiliary_IKD, strict=True):
-            spans = [latents_KD is not None and self._is_failed(record, q, labels) for q in asked]
+            spans = [latents_KD is not None and is_supervised(record, question) for question in asked]
             description = None if record.auxiliary is None else record.auxiliary.description
             branches.append(
                 [self.layout.branch(q, description, has_span) for q, has_span in zip(asked, spans, strict=True)]
@@ -320,13 +324,11 @@ class GapMethod(Method):
             pooled.append(pooled_image_tokens(tokens.picked([row[-1:]]), self._grid)[0] if has_one else None)
         return own, pooled
 
-    def _is_failed(
-        self, record: Record, question: KindQuestion, labels: Mapping[tuple[str, str], Difficulty] | None
-    ) -> bool:
-        """Whether the question gets latents, as far as the base model's answers decide it. Raises DataError."""
-        if labels is None:
+    def _is_supervised(self, record: Record, question: KindQuestion) -> bool:
+        """Whether a question of a record with an auxiliary image trains latents. Raises DataError without its label."""
+        if self._labels is None:
             return self.options.supervise != "nowhere"
-        label = labels.get((record.record_id, question.text))
+        label = self._labels.get((record.record_id, question.text))
         if label is None:
             raise DataError(
                 f"{self.options.difficulty}: no label for {question.text!r} of record {record.record_id}; "
