@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from shared.config import DataConfig
-from shared.errors import DataError
+from shared.errors import ConfigError, DataError, ModelError
 from shared.vlm import load_vlm
 from tests.integration.helpers import REPOSITORY, wait_until
 from trainer.cli import app
@@ -69,6 +69,17 @@ def make_engine():
         ]
 
     return engine
+
+
+def test_an_environment_without_vllm_is_named(local_ray, toy_folder, tmp_path):
+    workers = Workers(cpus=0.5, vllm=sys.executable)
+    arguments = (str(toy_folder / "A"), "float32", DataConfig(path=toy_folder / "data"), "train", SAMPLING, workers)
+    with pytest.raises(ModelError, match=r"no vLLM to import .* give --vllm the interpreter"):
+        label_split(*arguments, tmp_path, QUIET)
+    with pytest.raises(DataError, match="not complete"):
+        load_difficulty(tmp_path)
+    with pytest.raises(ConfigError, match=r"engine 'vllm', not 'transformers'"):
+        label_split(*arguments[:-1], Workers(), tmp_path, QUIET)
 
 
 def test_a_damaged_image_ends_the_job_or_is_skipped_and_nothing_done_is_done_again(local_ray, toy_folder, tmp_path):

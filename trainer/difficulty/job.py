@@ -22,7 +22,7 @@ from rich.table import Table
 
 from anchor_service.cluster import ray_cluster
 from shared.config import DataConfig, Dtype
-from shared.errors import DataError
+from shared.errors import DataError, ModelError, VisualLatentsError
 from shared.vlm import load_prompt
 from trainer.data import ErrorPolicy, load_records, prepare_data
 from trainer.data.records import Record
@@ -59,7 +59,8 @@ def label_split(
 ) -> list[dict[str, Any]]:
     """What `difficulty` does: label a split into `folder`; returns all lines.
 
-    Raises ConfigError if the folder holds labels of another model, other data, another engine or other sampling.
+    Raises ConfigError if the folder holds labels of another model, other data, another engine or other sampling;
+    ModelError if the model cannot be loaded.
     """
     prepare_data(data, console)
     if workers.vllm is not None:
@@ -147,7 +148,7 @@ def _label(
 def _answered(
     left: Sequence[Record], make_engine: Callable[[], Engine], workers: Workers
 ) -> Iterator[list[dict[str, Any]]]:
-    """Label lines, batch by batch, in the order in which batches are done."""
+    """Label lines, batch by batch, in the order in which batches are done. Raises ModelError without an engine."""
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -167,17 +168,26 @@ def _answered(
     )
     for batch in answered.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
         for text in batch["lines"]:
-            yield json.loads(text)
+            lines = json.loads(text)
+            if isinstance(lines, str):
+                raise ModelError(lines)
+            yield lines
 
 
 class _Worker:
-    """One actor with its engine."""
+    """One actor with its engine, or with the reason why there is none: Ray would try again and bury it."""
 
     def __init__(self, make_engine: Callable[[], Engine]):
-        self._engine = make_engine()
+        self._engine: Engine | None = None
+        self._reason = ""
+        try:
+            self._engine = make_engine()
+        except VisualLatentsError as error:
+            self._reason = str(error)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        return {"lines": [json.dumps(self._engine(list(batch["record"])), ensure_ascii=False)]}
+        lines = self._reason if self._engine is None else self._engine(list(batch["record"]))
+        return {"lines": [json.dumps(lines, ensure_ascii=False)]}
 
 
 def print_labels(rows: Sequence[dict[str, Any]], threshold: int, console: Console) -> None:

@@ -7,13 +7,14 @@ with transformers, other random numbers: an engine's labels are not the other's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from shared.config import Dtype
-from shared.errors import ConfigError
+from shared.errors import ConfigError, ModelError
 from shared.vlm import Prompt, load_prompt, vlm_config
 from shared.vlm.families import family_of
 from trainer.data.records import Record
@@ -24,18 +25,27 @@ _GPU_MEMORY, _CPU_MEMORY = 0.9, 0.25
 
 
 def vllm_engine(path: str, dtype: Dtype, gpus: float, sampling: SamplingConfig) -> Engine:
-    """An engine with a model of its own, on this share of a GPU or on the CPU. Raises ConfigError."""
+    """An engine with a model of its own, on this share of a GPU or on the CPU. Raises ConfigError, ModelError."""
     check_family(path)
-    from vllm import LLM
-
-    llm = LLM(
-        model=path,
-        dtype=dtype,
-        max_num_seqs=sampling.rows,
-        gpu_memory_utilization=_GPU_MEMORY * min(gpus, 1.0) if gpus else _CPU_MEMORY,
-        enforce_eager=gpus == 0,
-        disable_log_stats=True,
-    )
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ModelError(
+            f"{sys.executable}: no vLLM to import ({error}); give --vllm the interpreter of an environment that holds "
+            "vLLM and this project"
+        ) from error
+    try:
+        llm = LLM(
+            model=path,
+            dtype=dtype,
+            max_num_seqs=sampling.rows,
+            gpu_memory_utilization=_GPU_MEMORY * min(gpus, 1.0) if gpus else _CPU_MEMORY,
+            enforce_eager=gpus == 0,
+            disable_log_stats=True,
+        )
+    except Exception as error:  # vLLM raises whatever its processes met
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path}: vLLM cannot load it ({reason}; its log says more); leave --vllm out") from error
     prompt, image_token_id = load_prompt(path), int(vlm_config(path).image_token_id)
     return lambda records: sample_answers(llm, prompt, image_token_id, records, sampling)
 
