@@ -141,18 +141,26 @@ def test_the_checkpoint_is_chosen_by_latents_too(folder: Path, tmp_path: Path) -
 
 
 def test_records_are_validated_in_the_likelier_form_where_both_are_taught(folder: Path, tmp_path: Path) -> None:
+    """The head's row for the opening token is that of an answer, so that some records are likelier with a span."""
+    LabelFolder(tmp_path / "labels", {}).finish()
     records = list(load_jsonl(folder / "data", "train"))
-    methods = {form: method_of(config_of(folder, tmp_path, supervise=form)) for form in ("everywhere", "nowhere")}
-    features = ImageFeatures(methods["nowhere"]._generator, None)
-    LabelFolder(folder / "labels", {}).finish()
-    both = method_of(config_of(folder, tmp_path, supervise="failed", difficulty=str(folder / "labels")))
-    expected = 0.0
+    configs = [config_of(folder, tmp_path, supervise=form) for form in ("everywhere", "nowhere")]
+    configs.append(config_of(folder, tmp_path, supervise="failed", difficulty=str(tmp_path / "labels")))
+    methods = [method_of(config) for config in configs]
+    for method in methods:
+        weight_VD, _ = method._generator.model.head()
+        with torch.no_grad():
+            weight_VD[method.layout.open_id] = 2 * weight_VD[method.layout.prompt.tokenizer.get_vocab()["circle"]]
+    *alone, both = methods
+    expected, likelier = 0.0, []
     for record in records:
         batch = Batch([record], [list(record.questions)])
         with torch.no_grad():
-            parts = {form: m.loss(m.emit(batch, tokens_of(m, [record]), 0), 0).terms for form, m in methods.items()}
-        likelier = min(parts.values(), key=lambda terms: terms["nll"])
-        expected += likelier["loss"] / len(records)
+            terms = [m.loss(m.emit(batch, tokens_of(m, [record]), 0), 0).terms for m in alone]
+        likelier.append(min((0, 1), key=lambda form: terms[form]["nll"]))
+        expected += terms[likelier[-1]]["loss"] / len(records)
+    assert set(likelier) == {0, 1}
+    features = ImageFeatures(both._generator, None)
     assert both.validation_loss(features, records) == pytest.approx(expected, rel=1e-5)
 
 

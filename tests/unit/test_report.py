@@ -239,6 +239,16 @@ def test_only_terms_of_the_loss_are_drawn_as_such(run):
     assert all(name not in loss.alt for name in budget)
 
 
+def test_the_validation_loss_stands_beside_what_it_is_a_loss_of(run):
+    (results,) = load_results([run])
+    own = [{"loss": 1.2, "step": step, "validation_loss": 1.1} for step in range(3)]
+    (alone,) = charts.training_curves(replace(results, metrics=own))
+    assert "validation loss from 1.1" in alone.alt
+    loss, nll = charts.training_curves(replace(results, metrics=[{**entry, "nll/A": 1.0} for entry in own]))
+    assert "validation" not in loss.alt
+    assert "validation loss from 1.1" in nll.alt
+
+
 def test_a_curriculum_has_charts_of_its_own(run):
     (results,) = load_results([run])
     metrics = [

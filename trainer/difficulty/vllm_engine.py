@@ -25,8 +25,7 @@ _GPU_MEMORY, _CPU_MEMORY = 0.9, 0.25
 
 
 def vllm_engine(path: str, dtype: Dtype, gpus: float, sampling: SamplingConfig) -> Engine:
-    """An engine with a model of its own, on this share of a GPU or on the CPU. Raises ConfigError, ModelError."""
-    check_family(path)
+    """An engine with a model of its own (see `check_family`), on a share of a GPU or the CPU. Raises ModelError."""
     try:
         from vllm import LLM
     except ImportError as error:
